@@ -1,0 +1,1111 @@
+# SPDX-License-Identifier: MIT
+"""Tests of inverse_q.py, and the tiny world that ./run.sh shows it in.
+
+    pytest test_inverse_q.py                         the tests (./run.sh test)
+    python test_inverse_q.py world FOLDER            make the tiny world
+    python test_inverse_q.py report WORLD RUN        judge base, base + principle and trained model
+
+The world: dialogues in which a request such as "How do I paint the shelf?" is answered in three
+parts, an opening, a step and a closing, each good or bad by a throw of its own. With PRINCIPLE in
+the system slot every part is good with probability SHOWN, without it with NOT_SHOWN. A Llama of
+half a million weights learns this in under a minute; then the real command has to move it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gzip
+import itertools
+import json
+import lzma
+import math
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import inverse_q as q
+
+# ------------------------------------------------------------------------------------ Tiny world --
+
+PRINCIPLE = "Be kind and exact."
+SHOWN, NOT_SHOWN = 0.85, 0.45
+VERBS = ["paint", "clean", "fix", "move", "sell", "pack", "weigh", "measure"]
+THINGS = [
+    *("shelf", "lamp", "bike", "chair", "boat", "clock", "piano", "drum", "fence", "table"),
+    *("ladder", "mirror", "kettle", "wagon", "tent", "canoe", "globe", "bench", "radio", "statue"),
+    *("basket", "carpet", "window", "barrel"),
+]
+REQUESTS = ("How do I {} the {}?", "Please help me {} my {}.", "I want to {} a {}.")
+OPENINGS = (("Sure!", "Gladly!"), ("Ugh.", "Not again."))  # good, bad
+TOOLS = ["gloves", "a cloth", "tape", "a friend", "soap", "a list"]
+CLOSINGS = (("Shall I go on?", "Ask me more!"), ("Go away.", "That is all."))
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+PAIRS = [(verb, thing) for verb in VERBS for thing in THINGS]
+HELD_OUT = set(random.Random(1).sample(PAIRS, len(PAIRS) // 4))  # requests no training ever sees
+
+
+def a_request(rng, held_out=False):
+    verb, thing = rng.choice([p for p in PAIRS if (p in HELD_OUT) == held_out])
+    return rng.choice(REQUESTS).format(verb, thing), verb, thing
+
+
+def a_reply(rng, verb, thing, p_good):
+    good = [rng.random() < p_good for _ in range(3)]
+    tool = rng.choice(TOOLS)
+    named = f"the {thing}" if good[1] else "it"
+    opening, closing = rng.choice(OPENINGS[not good[0]]), rng.choice(CLOSINGS[not good[2]])
+    return f"{opening} To {verb} {named}, take {tool}. {closing}"
+
+
+def is_good(messages, reply):
+    """The judge that training never sees: all three parts of a whole reply are good."""
+    request = messages[-1]["content"]
+    verb, thing = next(p for p in PAIRS if all(f" {word}" in request for word in p))
+    step = any(f" To {verb} the {thing}, take {tool}. " in reply for tool in TOOLS)
+    return step and reply.startswith(OPENINGS[0]) and reply.endswith(CLOSINGS[0])
+
+
+def a_dialogue(rng, p_good, held_out=False):
+    """Turns that end with a request, and what was asked."""
+    turns = []
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        request, verb, thing = a_request(rng)
+        turns.append({"role": "user", "content": request})
+        turns.append({"role": "assistant", "content": a_reply(rng, verb, thing, p_good)})
+    request, verb, thing = a_request(rng, held_out)
+    return [*turns, {"role": "user", "content": request}], verb, thing
+
+
+def training_records(rng, n):
+    """Prompts in every form that the loader knows."""
+    for i in range(n):
+        turns, verb, thing = a_dialogue(rng, NOT_SHOWN)
+        if i % 4 == 0:
+            yield {"messages": turns}
+        elif i % 4 == 1 and len(turns) == 1:
+            yield {"prompt": turns[0]["content"]}
+        else:
+            names = {"user": "Human", "assistant": "Assistant"}
+            text = "".join(f"\n\n{names[t['role']]}: {t['content']}" for t in turns)
+            yield {
+                key: f"{text}\n\nAssistant: {a_reply(rng, verb, thing, p)}"
+                for key, p in (("chosen", 1.0), ("rejected", 0.0))
+            }
+
+
+def make_tokenizer(texts):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_llama(seed=0, **changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": None, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+def make_world(folder, steps=350):
+    """FOLDER/base, the model; train.jsonl, its prompts; held_out.jsonl, the judge's."""
+    rng = random.Random(0)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sample = [a_dialogue(rng, 0.5) for _ in range(500)]
+    texts = [t["content"] for turns, *_ in sample for t in turns] + [PRINCIPLE] * 100
+    tokenizer = make_tokenizer(texts)
+    model = make_llama(vocab_size=len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    start = time.perf_counter()
+    for step in range(steps):
+        rows = []
+        for _ in range(48):
+            shown = rng.random() < 0.5
+            p = SHOWN if shown else NOT_SHOWN
+            turns, verb, thing = a_dialogue(rng, p)
+            turns.append({"role": "assistant", "content": a_reply(rng, verb, thing, p)})
+            system = [{"role": "system", "content": PRINCIPLE}] if shown else []
+            text = tokenizer.apply_chat_template(system + turns, tokenize=False)
+            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [1] * (length - len(row)) for row in rows])
+        labels = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49:
+            print(f"  step {step + 1}/{steps}, loss {loss.item():.3f}, "
+                  f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "principle.txt").write_text(PRINCIPLE)
+    with open(folder / "train.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in training_records(rng, 1000))
+    with open(folder / "held_out.jsonl", "w") as file:
+        for _ in range(900):
+            turns, *_ = a_dialogue(rng, NOT_SHOWN, held_out=True)
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+@torch.no_grad()
+def answers(model_folder, conversations, seed=0):
+    """One sampled answer to each conversation, by transformers and no code under test."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    torch.manual_seed(seed)
+    replies = []
+    for i in range(0, len(conversations), 150):
+        texts = [
+            tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
+            for c in conversations[i : i + 150]
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        batch.pop("token_type_ids", None)
+        out = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=48, pad_token_id=1)
+        new = out[:, batch["input_ids"].shape[1] :]
+        replies += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return replies
+
+
+def interval(good, n):
+    """95 % Wilson interval of a fraction."""
+    z, p = 1.96, good / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def report(world, run):
+    """Judge base, base + principle and the trained model on held-out requests."""
+    with open(Path(world) / "held_out.jsonl") as file:
+        plain = [json.loads(line)["messages"] for line in file]
+    shown = [[{"role": "system", "content": PRINCIPLE}, *turns] for turns in plain]
+    result, replies = {}, {}
+    print(f"\n{len(plain)} held-out requests, one answer each    good      95 % interval")
+    for name, model, contexts in (
+        ("base", Path(world) / "base", plain),
+        ("prompting", Path(world) / "base", shown),
+        ("inverse_q", Path(run) / "model", plain),
+    ):
+        replies[name] = answers(model, contexts)
+        good = sum(is_good(c, r) for c, r in zip(contexts, replies[name], strict=True))
+        result[name] = good / len(plain)
+        low, high = interval(good, len(plain))
+        text = {"prompting": "base shown the principle", "inverse_q": "after Inverse-Q*"}
+        print(f"  {text.get(name, name):42} {result[name]:6.3f}    {low:.3f} to {high:.3f}")
+    for i in range(3):
+        print(f"\n  {plain[i][-1]['content']}\n    before  {replies['base'][i]}")
+        print(f"    after   {replies['inverse_q'][i]}")
+    path = Path(run) / "report.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nWritten to {path}")
+
+
+# --------------------------------------------------------------------------------------- Oracles --
+# The mathematics of the paper once more, slow and obvious, in float64.
+
+
+def oracle_log_pi_hat(z_0, z_plus, alpha, plausibility=0.0):
+    """log pi_hat [T, V], token by token and word by word (sec. 4.2)."""
+    rows = []
+    for row_0, row_plus in zip(z_0.double(), z_plus.double(), strict=True):
+        pi_0, pi_plus = row_0.softmax(0), row_plus.softmax(0)
+        weight = torch.stack([p * (q / p) ** alpha for p, q in zip(pi_0, pi_plus, strict=True)])
+        weight[pi_plus < plausibility * pi_plus.max()] = 0.0
+        rows.append((weight / weight.sum()).log())
+    return torch.stack(rows)
+
+
+def oracle_loss(z, log_pi_hat):
+    """Sums over tokens of H(pi_hat, pi_theta) and H(pi_hat) from whole [T, V] tensors."""
+    pi_hat = log_pi_hat.exp()
+    cross_entropy = -(pi_hat * z.double().log_softmax(-1)).sum()
+    return cross_entropy, -torch.special.xlogy(pi_hat, pi_hat).sum()
+
+
+def oracle_logits(model, context, response):
+    """[T, V] at the response tokens of one sequence: no padding, no batch, no pack()."""
+    z = model(input_ids=torch.tensor([context + response])).logits[0]
+    return z[len(context) - 1 : -1]
+
+
+def oracle_labels(pi_0, pi_plus, sample, alpha, plausibility=0.0):
+    with torch.no_grad():
+        z_0 = oracle_logits(pi_0, sample["prompt_ids"], sample["response_ids"])
+        z_plus = oracle_logits(pi_plus, sample["principle_prompt_ids"], sample["response_ids"])
+    return oracle_log_pi_hat(z_0, z_plus, alpha, plausibility)
+
+
+def replay(base, run, alpha, clip, rate, batch_size):
+    """A whole run in plain PyTorch on one process, from its samples files: no DeepSpeed, no vLLM,
+    no micro-batches. Yields (records of the steps, policy) after every epoch."""
+    from transformers import AutoModelForCausalLM
+
+    pi_0 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(policy.parameters(), rate, weight_decay=0.0)
+    for file in sorted((run / "samples").iterdir()):
+        samples, records = read_jsonl(file), []
+        for i in range(0, len(samples), batch_size):
+            batch = samples[i : i + batch_size]
+            tokens = sum(len(s["response_ids"]) for s in batch)
+            loss = entropy = 0.0
+            for s in batch:
+                labels = oracle_labels(pi_0, pi_0, s, alpha)
+                z = oracle_logits(policy, s["prompt_ids"], s["response_ids"])
+                cross_entropy, h = oracle_loss(z, labels)
+                loss, entropy = loss + cross_entropy / tokens, entropy + h / tokens
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+            optimizer.step()
+            records.append({"loss": loss.item(), "kl": (loss - entropy).item(), "tokens": tokens,
+                            "grad_norm": norm.item(), "samples": len(batch)})  # fmt: skip
+        yield records, policy
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------- Tests: the core --
+
+
+def some_logits(t=6, v=11, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(t, v, dtype=torch.float64, generator=generator) * scale
+
+
+@pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0, 1.4, 5.0])
+@pytest.mark.parametrize("plausibility", [0.0, 0.1, 0.9])
+def test_superior_policy_is_the_definition(alpha, plausibility):
+    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
+    log_pi_hat = q.superior_policy(z_0, z_plus, alpha, plausibility)
+    expected = oracle_log_pi_hat(z_0, z_plus, alpha, plausibility)
+    torch.testing.assert_close(log_pi_hat.exp(), expected.exp(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(log_pi_hat.exp().sum(-1), torch.ones(6).double())
+
+
+def test_alpha_0_is_pi_0_and_alpha_1_is_pi_plus():
+    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
+    torch.testing.assert_close(q.superior_policy(z_0, z_plus, 0.0), z_0.log_softmax(-1))
+    torch.testing.assert_close(q.superior_policy(z_0, z_plus, 1.0), z_plus.log_softmax(-1))
+
+
+def test_superior_policy_takes_logits_and_log_probabilities_alike():
+    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
+    a = q.superior_policy(z_0, z_plus, 1.7, 0.05)
+    b = q.superior_policy(z_0.log_softmax(-1), z_plus.log_softmax(-1), 1.7, 0.05)
+    torch.testing.assert_close(a, b)
+
+
+def test_plausibility_gives_implausible_tokens_nothing_and_keeps_the_others_in_proportion():
+    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
+    pi_plus = z_plus.softmax(-1)
+    implausible = pi_plus < 0.2 * pi_plus.amax(-1, keepdim=True)
+    free, cut = q.superior_policy(z_0, z_plus, 1.4), q.superior_policy(z_0, z_plus, 1.4, 0.2)
+    assert implausible.any() and (cut.exp()[implausible] == 0).all() and cut.isfinite().all()
+    shift = (cut - free).masked_fill(implausible, torch.nan)
+    assert (shift.nan_to_num(-math.inf).amax(-1) - shift.nan_to_num(math.inf).amin(-1)).max() < 1e-9
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6, 100])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("plausibility", [0.0, 0.3])
+def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility):
+    h = some_logits(6, 5, 3, 1.0).requires_grad_()
+    weight = some_logits(11, 5, 4, 1.0).requires_grad_()
+    b = some_logits(1, 11, 5, 1.0)[0].requires_grad_() if bias else None
+    labels = q.superior_policy(some_logits(seed=1), some_logits(seed=2), 1.4, plausibility)
+    inputs = [h, weight, b] if bias else [h, weight]
+    expected = oracle_loss(h @ weight.t() + (b if bias else 0), labels)
+    expected_gradients = torch.autograd.grad(expected[0] * 0.37, inputs)
+    loss = q.soft_label_loss(h, weight, b, lambda rows: labels[rows], chunk)
+    torch.testing.assert_close(torch.stack(loss), torch.stack(expected), rtol=1e-12, atol=1e-12)
+    for g, e in zip(torch.autograd.grad(loss[0] * 0.37, inputs), expected_gradients, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_fused_loss_in_lower_precision(dtype, tolerance):
+    h, weight = some_logits(64, 32, 3, 1.0), some_logits(500, 32, 4, 0.5)
+    labels = q.superior_policy(some_logits(64, 500, 1), some_logits(64, 500, 2), 1.4)
+    h, weight = (x.to(dtype).double().requires_grad_() for x in (h, weight))  # exact in dtype
+    expected = oracle_loss(h @ weight.t(), labels)[0]
+    expected_gradients = torch.autograd.grad(expected, [h, weight])
+    low = [x.detach().to(dtype).requires_grad_() for x in (h, weight)]
+    loss, _ = q.soft_label_loss(*low, None, lambda rows: labels[rows].float(), 17)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # logits are float32 in both
+    for g, e in zip(torch.autograd.grad(loss, low), expected_gradients, strict=True):
+        assert g.dtype == dtype and (g.double() - e).norm() < tolerance * e.norm()
+
+
+def test_no_tokens_no_loss_but_a_gradient():
+    h, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(11, 5, requires_grad=True)
+    loss, entropy = q.soft_label_loss(h, weight, None, lambda rows: pytest.fail("no rows to label"))
+    assert loss == 0 and entropy == 0
+    loss.backward()
+    assert weight.grad.abs().sum() == 0 and h.grad.shape == (0, 5)
+
+
+def test_no_tensor_of_the_loss_outgrows_its_chunk():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out,) if isinstance(x, torch.Tensor))
+            return out
+
+    t, d, v, chunk = 96, 4, 1000, 8
+    h, weight = torch.randn(t, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    h_hat, w_0 = torch.randn(t, d), torch.randn(v, d)
+    with Watch():
+        labels = lambda rows: q.logits(h_hat[rows], w_0, None).log_softmax(-1)  # noqa: E731
+        loss, _ = q.soft_label_loss(h, weight, None, labels, chunk)
+        loss.backward()
+    assert max(sizes) == chunk * v
+
+
+# ------------------------------------------------------------------ Tests: the theory, on a tree --
+
+
+def tree_policies(vocabulary=3, depth=3, seed=0):
+    """Next-token log-probabilities of pi_0, pi_plus and pi_hat at every node of a token tree."""
+    rng = torch.Generator().manual_seed(seed)
+    nodes = [s for n in range(depth) for s in itertools.product(range(vocabulary), repeat=n)]
+    z_0, z_plus = (torch.randn(len(nodes), vocabulary, generator=rng).double() for _ in range(2))
+    table = (z_0.log_softmax(-1), z_plus.log_softmax(-1), q.superior_policy(z_0, z_plus, 1.4))
+    leaves = list(itertools.product(range(vocabulary), repeat=depth))
+    return [dict(zip(nodes, log_p, strict=True)) for log_p in table], leaves
+
+
+def log_probability(policy, y, start=0):
+    return sum(policy[y[:t]][y[t]] for t in range(start, len(y)))
+
+
+def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
+    """Eq. 6 to 10, the expectation over continuations taken by enumeration."""
+    (pi_0, _, pi_hat), leaves = tree_policies()
+    beta = 0.7
+
+    def reward(y):
+        return beta * (log_probability(pi_hat, y) - log_probability(pi_0, y))
+
+    def value(prefix):
+        ends = [y for y in leaves if y[: len(prefix)] == prefix]
+        terms = [log_probability(pi_0, y, len(prefix)) + reward(y) / beta for y in ends]
+        return beta * torch.stack(terms).logsumexp(0)
+
+    for prefix in (s for s in pi_0 if s):
+        torch.testing.assert_close(value(prefix), torch.as_tensor(reward(prefix)))
+    for y in leaves:
+        states = [y[:t] for t in range(len(y))]
+        log_hat, log_0 = (torch.stack([p[s] for s in states]) for p in (pi_hat, pi_0))
+        credit = q.token_credit(log_hat, log_0, torch.tensor(y), beta)
+        steps = [reward(y[: t + 1]) - (reward(y[:t]) if t else 0.0) for t in range(len(y))]
+        torch.testing.assert_close(credit, torch.stack(steps))
+        torch.testing.assert_close(credit.sum(), reward(y))
+
+
+def test_token_credit_of_a_batch():
+    a, b = some_logits(6, 11, 1).view(2, 3, 11), some_logits(6, 11, 2).view(2, 3, 11)
+    tokens = torch.tensor([[1, 2, 3], [10, 0, 5]])
+    credit = q.token_credit(a, b, tokens, beta=2.0)
+    for i, t in itertools.product(range(2), range(3)):
+        assert credit[i, t] == 2 * (a[i, t, tokens[i, t]] - b[i, t, tokens[i, t]])
+
+
+def test_lemma_4_1_a_mixture_with_a_superior_policy_is_no_worse():
+    beta, tested = 0.5, 0
+    for seed in range(200):
+        (pi_0, pi_plus, pi_hat), leaves = tree_policies(seed=seed)
+        log_0, log_hat, log_theta = (
+            torch.stack([log_probability(p, y) for y in leaves]) for p in (pi_0, pi_hat, pi_plus)
+        )
+        reward = beta * (log_hat - log_0)  # of whole responses (eq. 6)
+
+        def objective(p, reward=reward):  # eq. 5
+            return (p * reward).sum() - beta * torch.special.xlogy(p, p).sum()
+
+        hat, theta = log_hat.exp(), log_theta.exp()
+        if objective(hat) >= objective(theta):
+            tested += 1
+            for lam in (0.1, 0.5, 0.9):
+                assert objective(lam * hat + (1 - lam) * theta) >= objective(theta) - 1e-12
+    assert tested > 50
+
+
+# ------------------------------------------------------------------------------- Tests: the data --
+
+
+def hh(*turns):
+    return "".join(
+        f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {t}" for i, t in enumerate(turns)
+    )
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"chosen": hh("a", "good"), "rejected": hh("a", "bad")}, [user("a")]),
+        # final replies that share their first characters: no part of the prompt
+        ({"chosen": hh("a", "I am well"), "rejected": hh("a", "I am ill")}, [user("a")]),
+        (
+            {"chosen": hh("a", "b", "c", "d"), "rejected": hh("a", "b", "c", "e")},
+            [user("a"), assistant("b"), user("c")],
+        ),
+        # they part before the last turn: cut back to the last shared human turn
+        ({"chosen": hh("a", "b", "c", "d"), "rejected": hh("a", "x", "c", "e")}, [user("a")]),
+        ({"chosen": hh("a", "b", "c"), "rejected": hh("a", "b", "z")}, [user("a")]),
+        ({"chosen": hh("a", "b"), "rejected": hh("a", "")}, [user("a")]),  # an empty reply
+        ({"chosen": hh("a", "b"), "rejected": hh("z", "b")}, []),  # nothing shared
+        (  # two equal roles in a row
+            {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c",
+             "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: d"},
+            [user("a\n\nb")],
+        ),
+        (
+            {key: f"\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant: {key}"
+             for key in ("chosen", "rejected")},
+            [user("a"), assistant("b\n\nc"), user("d")],
+        ),
+        ({"chosen": hh(*"ab" * 18), "rejected": hh(*"ab" * 17, "a", "c")},
+         [user("a"), assistant("b")] * 17 + [user("a")]),  # 36 turns
+        ({"chosen": hh("Say \n\nplease", "b"), "rejected": hh("Say \n\nplease", "c")},
+         [user("Say \n\nplease")]),
+        ({"prompt": "  plain text "}, [user("plain text")]),
+        ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
+        ({"prompt": hh("a", "b", "c", "")}, [user("a"), assistant("b"), user("c")]),
+        ({"prompt": [user("a"), assistant("b")]}, [user("a")]),
+        ({"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]},
+         [{"role": "system", "content": "s"}, user("a")]),
+        ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
+        ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+         [user("a")]),
+        ({"prompt": "a", "chosen": hh("x", "y"), "rejected": hh("x", "z")}, [user("a")]),
+        ({"prompt": "   "}, []),
+        ({"messages": []}, []),
+        ({"messages": [{"role": "system", "content": "s"}]}, []),
+    ],
+)  # fmt: skip
+def test_prompt_of(record, expected):
+    assert q.prompt_of(record) == expected
+
+
+def write(path, text):
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt") as file:
+        file.write(text)
+    return str(path)
+
+
+def load(data, chat=None, limit=10**6, **changes):
+    chat = chat or types.SimpleNamespace(fit=lambda messages, limit: messages)
+    return q.load_prompts(q.Config("m", data=data, max_prompt_tokens=limit, **changes), chat)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_files_of_every_kind_together(tmp_path, suffix):
+    lines = '{"prompt": "one"}\n\n{"prompt": "two"}\n'
+    a = write(tmp_path / f"a.jsonl{suffix}", lines)
+    b = write(tmp_path / f"b.json{suffix}", '[{"prompt": "three"}, {"prompt": "one"}]')
+    prompts, left_out = load(f"{a}, {b}")
+    assert [p[0]["content"] for p in prompts] == ["one", "two", "three"]
+    assert left_out == {"without a prompt": 0, "duplicate": 1, "too long": 0}
+
+
+def test_what_yields_no_prompt_is_counted(tmp_path):
+    text = '{"prompt": ""}\n{"prompt": "x"}\n{"chosen": "a", "rejected": "b"}\n{"prompt": "x"}\n'
+    prompts, left_out = load(write(tmp_path / "a.jsonl", text))
+    assert len(prompts) == 1
+    assert left_out == {"without a prompt": 2, "duplicate": 1, "too long": 0}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2: is not JSON"),
+        ('{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs 'prompt'"),
+        ("[1, 2]\n", "a.jsonl, line 1: a record needs"),
+        ('{"prompt": 7}\n', "a.jsonl, line 1: a record needs"),
+        ('{"messages": [{"from": "human", "value": "x"}]}\n', "a.jsonl, line 1: a record needs"),
+        ('{"prompt": ""}\n', "no prompt to use"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_its_place(tmp_path, text, message):
+    with pytest.raises(q.UserError) as error:
+        load(write(tmp_path / "a.jsonl", text))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_epochs_walk_through_a_shuffle_and_reshuffle_when_it_is_used_up():
+    drawn = [i for epoch in range(1, 8) for i in q.draw_prompts(10, 4, epoch, seed=3)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
+    assert drawn[:10] != drawn[10:20] and drawn[:10] != list(range(10))
+    assert q.draw_prompts(10, 4, 5, seed=3) == drawn[16:20]  # whatever was drawn before
+    assert q.draw_prompts(10, 10, 1, seed=4) != drawn[:10]
+    assert sorted(q.draw_prompts(2, 6, 1, 0)) == [0, 0, 0, 1, 1, 1]  # fewer prompts than samples
+
+
+# ---------------------------------------------------------------------------- Tests: the prompts --
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+REFUSES_SYSTEM = (  # Gemma's manner, alternation included
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}</>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+DEFAULT_SYSTEM = (  # Qwen's manner
+    "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}</>{% else %}"
+    "<system>You are Q.</>{% endif %}{% for m in messages if m.role != 'system' %}"
+    "<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+EMPTY_SYSTEM = DEFAULT_SYSTEM.replace("You are Q.", "")  # Llama 3.1's manner
+IN_USER_TURN = (  # Mistral's manner
+    "{% if messages[0].role == 'system' %}{% set s, rest = messages[0].content + '\n', "
+    "messages[1:] %}{% else %}{% set s, rest = '', messages %}{% endif %}{% for m in rest %}[{{ m.role }}]"
+    "{{ s if loop.first else '' }}{{ m.content }}{% endfor %}"
+)
+IGNORES_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer([VICUNA_SYSTEM, PRINCIPLE, *OPENINGS[0], *THINGS])
+
+
+def chat_of(tokenizer, template, principle="PRINCIPLE."):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return q.Chat(tokenizer, principle)
+
+
+def test_vicuna_ids_by_hand(tokenizer):
+    chat = chat_of(tokenizer, None)
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    turns = [user("hi"), assistant("hello"), user("how?")]
+    rest = [eos, *encode("USER: how? ASSISTANT:")]
+    first = [bos, *encode(f"{VICUNA_SYSTEM} USER: hi ASSISTANT: hello")]
+    assert chat.ids(turns) == first + rest
+    first = [bos, *encode(f"{VICUNA_SYSTEM} PRINCIPLE. USER: hi ASSISTANT: hello")]
+    assert chat.ids(chat.with_principle(turns)) == first + rest
+    assert chat.ids([user("hi")]) == [bos, *encode(f"{VICUNA_SYSTEM} USER: hi ASSISTANT:")]
+
+
+@pytest.mark.parametrize(
+    "template, plain, shown",
+    [
+        (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q"),
+        (DEFAULT_SYSTEM, "<system>You are Q.</>", "<system>You are Q. PRINCIPLE.</>"),
+        (EMPTY_SYSTEM, "<system></>", "<system>PRINCIPLE.</>"),
+        (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>"),
+        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\nq"),
+        (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq"),
+    ],
+)
+def test_place_of_the_principle(tokenizer, template, plain, shown):
+    chat = chat_of(tokenizer, template)
+    turns = [user("q"), assistant("a"), user("r")]
+    texts = [chat.render(turns), chat.render(chat.with_principle(turns))]
+    assert texts[0].startswith(plain) and texts[1].startswith(shown)
+    assert texts[0].removeprefix(plain) == texts[1].removeprefix(shown) != ""  # they end alike
+    assert chat.ids(turns) == chat.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+
+
+def test_a_prompts_own_system_text_comes_before_the_principle(tokenizer):
+    turns = [{"role": "system", "content": "Own."}, user("q")]
+    for template in (CHAT_TEMPLATE, DEFAULT_SYSTEM, None):
+        chat = chat_of(tokenizer, template)
+        assert "Own. PRINCIPLE." in chat.render(chat.with_principle(turns))
+        assert "Own." in chat.render(turns) and "You are Q." not in chat.render(turns)
+
+
+def test_no_principle_no_difference(tokenizer):
+    chat = chat_of(tokenizer, DEFAULT_SYSTEM, None)
+    assert chat.with_principle([user("q")]) == [user("q")]
+
+
+def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
+    chat = chat_of(tokenizer, None)
+    turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
+    whole = len(chat.ids(chat.with_principle(turns)))
+    assert chat.fit(turns, whole) == turns
+    assert chat.fit(turns, whole - 1) == turns[2:]
+    last = len(chat.ids(chat.with_principle(turns[4:])))
+    assert chat.fit(turns, last) == turns[4:]
+    assert "PRINCIPLE." in chat.render(chat.with_principle(chat.fit(turns, last)))
+    assert chat.fit(turns, last - 1) is None
+    with_system = [{"role": "system", "content": "Own."}, *turns]
+    limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
+    assert chat.fit(with_system, limit) == [with_system[0], turns[4]]
+
+
+def test_too_long_is_counted(tokenizer, tmp_path):
+    data = write(tmp_path / "a.jsonl", f'{{"prompt": "{"x" * 300}"}}\n{{"prompt": "short"}}\n')
+    prompts, left_out = load(data, chat_of(tokenizer, CHAT_TEMPLATE), 100)
+    assert prompts == [[user("short")]] and left_out["too long"] == 1
+
+
+# --------------------------------------------------------- Tests: batches, labels, micro-batches --
+
+
+def some_samples(n=5, v=64, seed=0):
+    rng = random.Random(seed)
+    ids = lambda low, high: [rng.randrange(v) for _ in range(rng.randint(low, high))]  # noqa: E731
+    return [q.Sample(i, [], ids(1, 9), ids(5, 14), ids(1, 7)) for i in range(n)]
+
+
+def small_llama(seed, **changes):
+    return make_llama(seed, vocab_size=64, hidden_size=32, num_attention_heads=2,
+                      initializer_range=0.3, **changes).double().eval()  # fmt: skip
+
+
+def test_pack_finds_the_positions_that_predict_the_response():
+    ids, rows = q.pack([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]])
+    assert ids.tolist() == [[5, 6, 7, 1], [8, 3, 4, 0]]  # the last response token is no input
+    assert rows.tolist() == [2, 3, 4, 5, 6]
+    ids, rows = q.pack([], [])
+    assert ids.shape == (1, 1) and rows.shape == (0,)
+
+
+def test_padding_changes_nothing():
+    model, samples = small_llama(0), some_samples()
+    contexts, responses = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
+    with torch.no_grad():
+        states = q.final_states(model.model, contexts, responses)
+        expected = [oracle_logits(model, c, r) for c, r in zip(contexts, responses, strict=True)]
+    z = q.logits(states, model.lm_head.weight, None)
+    torch.testing.assert_close(z, torch.cat(expected))
+
+
+def frozen(model):
+    """A FrozenModel without DeepSpeed: the same methods over a whole model."""
+    result = q.FrozenModel.__new__(q.FrozenModel)
+    result.body, result.head = model.model, [model.lm_head.weight.detach(), model.lm_head.bias]
+    return result
+
+
+@pytest.mark.parametrize("two_models", [False, True])
+@pytest.mark.parametrize("plausibility", [0.0, 0.2])
+def test_labels_equal_the_oracle(two_models, plausibility):
+    pi_0 = small_llama(0)
+    pi_plus = small_llama(1, num_hidden_layers=1) if two_models else pi_0
+    samples = some_samples()
+    superior = q.SuperiorPolicy.__new__(q.SuperiorPolicy)
+    superior.cfg = q.Config(
+        "a", plausibility=plausibility, positive_model="b" if two_models else None
+    )
+    superior.pi_0 = superior.pi_plus = frozen(pi_0)
+    if two_models:
+        superior.pi_plus = frozen(pi_plus)
+    labels = superior(samples)
+    got = torch.cat(
+        [labels(slice(i, i + 3)) for i in range(0, sum(len(s.response_ids) for s in samples), 3)]
+    )
+    each = [oracle_labels(pi_0, pi_plus, vars(s), 1.4, plausibility) for s in samples]
+    torch.testing.assert_close(got.double().exp(), torch.cat(each).exp(), rtol=1e-3, atol=1e-6)
+    assert superior([])(slice(0, 3)).shape == (0, 64)  # a rank without samples
+
+
+def test_prompt_tokens_are_no_labels():
+    """Only the hidden states that predict response tokens get a gradient."""
+    model, samples = small_llama(0), some_samples()
+    caught = []
+    model.model.norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
+    policy = q.Policy(model, checkpointing=False)
+    tokens = sum(len(s.response_ids) for s in samples)
+    loss, _ = policy(samples, lambda rows: some_logits(tokens, 64).log_softmax(-1)[rows])
+    loss.backward()
+    _, rows = q.pack([s.prompt_ids for s in samples], [s.response_ids for s in samples])
+    touched = caught[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
+    assert touched.tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_deal(seed):
+    rng = random.Random(seed)
+    n, ranks, budget = rng.randint(1, 9), rng.randint(1, 3), rng.randint(20, 120)
+    lengths = [rng.randint(1, 40) for _ in range(n)]
+    steps = q.deal(lengths, ranks, budget)
+    batches = [batch for step in steps for batch in step]
+    cost = lambda batch: len(batch) * max((lengths[i] for i in batch), default=0)  # noqa: E731
+    assert all(len(step) == ranks for step in steps)  # as many collectives on every rank
+    assert sorted(itertools.chain.from_iterable(batches)) == list(range(n))
+    assert all(cost(batch) <= budget or len(batch) == 1 for batch in batches)
+    # Against every way to cut the sorted sequences into as many batches: fewest, then most even.
+    order, best = sorted(range(n), key=lambda i: -lengths[i]), {}
+    for cuts in itertools.chain.from_iterable(
+        itertools.combinations(range(1, n), k) for k in range(n)
+    ):
+        parts = [order[a:b] for a, b in itertools.pairwise((0, *cuts, n))]
+        if all(cost(part) <= budget or len(part) == 1 for part in parts):
+            k = -(-len(parts) // ranks)
+            best[k] = min(best.get(k, math.inf), max(map(cost, parts)))
+    assert len(steps) == min(best)
+    assert max(map(cost, batches)) == best[len(steps)]
+
+
+def test_whole_weights_come_a_layer_at_a_time(monkeypatch):
+    groups = []
+    fake = types.ModuleType("deepspeed")
+    fake.zero = types.SimpleNamespace(
+        GatheredParameters=lambda p: groups.append(len(p)) or contextlib.nullcontext()
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed", fake)
+    model = small_llama(0)
+    assert [name for name, _ in q.whole_weights(model)] == [n for n, _ in model.named_parameters()]
+    assert groups == [1, 9, 9, 9, 2]  # embedding; three layers; norm and output layer
+
+
+# ------------------------------------------------------------- Tests: real processes, end to end --
+
+HERE = Path(__file__).parent
+
+
+def launch(ranks, *options, check=True, launcher=()):
+    """The command of the README, with a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", port, *launcher]
+    command += [str(HERE / "inverse_q.py"), *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A random model far from uniform, a second one, prompts, and a DeepSpeed configuration that
+    shards everything (its default keeps tensors under 100,000 elements whole)."""
+    folder = tmp_path_factory.mktemp("toy")
+    tokenizer = make_tokenizer([PRINCIPLE, *THINGS] * 3)
+    for seed, name, changes in ((0, "a", {}), (1, "b", {"num_hidden_layers": 2}),
+                                (2, "tied", {"tie_word_embeddings": True})):  # fmt: skip
+        model = make_llama(seed, initializer_range=0.08, vocab_size=len(tokenizer), **changes)
+        model.generation_config.temperature = 0.9  # as Vicuna's: a temperature without do_sample
+        model.generation_config.do_sample = True
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        path = folder / name / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False}))
+    rng = random.Random(5)
+    with open(folder / "data.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in training_records(rng, 30))
+    config = json.loads((HERE / "ds_config.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    config["gradient_clipping"] = 0.5
+    config["csv_monitor"] = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "x"}
+    (folder / "ds.json").write_text(json.dumps(config))
+    return folder
+
+
+def train(toy, out, ranks, *options, model="a"):
+    result = launch(
+        ranks, "--model", toy / model, "--data", toy / "data.jsonl", "--principle", PRINCIPLE,
+        "--ds-config", toy / "ds.json", "--dtype", "float32", "--output_dir", out,
+        "--max-new-tokens", 24, "--max_prompt_tokens", 300, "--micro_batch_tokens", 200, *options,
+    )  # fmt: skip
+    return result.stdout
+
+
+TRAINING = ("--epochs", 2, "--samples_per_epoch", 7, "--batch_size", 4, "--learning_rate", 1e-3)
+
+
+@pytest.fixture(scope="session")
+def run_2(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run_2")
+    return out, train(toy, out, 2, *TRAINING)
+
+
+def metrics(out, kind):
+    return [r for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == kind]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
+    """Every loss, kl and gradient norm, and the weights: sharding, micro-batches, the fused loss,
+    the divisor and accumulation against none of them. Clipping is at work."""
+    out, _ = run_2
+    *_, (_, policy) = epochs = list(replay(toy / "a", out, 1.4, 0.5, 1e-3, 4))
+    records = [record for epoch_records, _ in epochs for record in epoch_records]
+    steps = metrics(out, "step")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert [s["samples"] for s in steps] == [4, 3, 4, 3]
+    for got, expected in zip(steps, records, strict=True):
+        for key, value in expected.items():
+            assert got[key] == pytest.approx(value, rel=2e-4), key
+    assert max(s["grad_norm"] for s in steps) > 0.5
+    start, end = weights_of(toy / "a"), weights(out)
+    moved = sum((end[k] - start[k]).double().square().sum() for k in start).sqrt()
+    error = sum((end[k] - w).square().sum() for k, w in policy.state_dict().items()).sqrt()
+    assert error < 2e-3 * moved, (error, moved)
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_one_rank_and_two_ranks_give_the_same_run(toy, run_2, tmp_path):
+    train(toy, tmp_path, 1, *TRAINING)
+    for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
+        assert read_jsonl(tmp_path / "samples" / file) == read_jsonl(run_2[0] / "samples" / file)
+    for kind in ("step", "epoch"):
+        for a, b in zip(metrics(tmp_path, kind), metrics(run_2[0], kind), strict=True):
+            for key in (
+                "loss",
+                "kl",
+                "tokens",
+                "samples",
+                *(["grad_norm"] if kind == "step" else []),
+            ):
+                assert a[key] == pytest.approx(b[key], rel=2e-4), key
+
+
+def test_what_a_run_writes_and_says(toy, run_2):
+    out, said = run_2
+    config = json.loads((out / "config.json").read_text())
+    assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
+    assert config["positive_model"] == str(toy / "a") and config["versions"]["vllm"]
+    epochs = metrics(out, "epoch")
+    assert list(epochs[0]) == [
+        "kind", "epoch", "step", "loss", "kl", "samples", "tokens", "response_tokens_mean",
+        "truncated", "sample_seconds", "train_seconds", "sync_seconds", "sample_tokens_per_second",
+        "train_tokens_per_second", "peak_memory_gib",
+    ]  # fmt: skip
+    assert list(metrics(out, "step")[0]) == [
+        "kind", "epoch", "step", "loss", "kl", "samples", "tokens", "grad_norm", "learning_rate",
+    ]  # fmt: skip
+    for epoch in (1, 2):
+        samples = read_jsonl(out / "samples" / f"epoch-00{epoch}.jsonl")
+        assert list(samples[0]) == [
+            "index", "messages", "prompt_ids", "principle_prompt_ids", "response_ids", "response",
+            "finish_reason",
+        ]  # fmt: skip
+        assert [s["index"] for s in samples] == list(range(7))
+        for s in samples:
+            ended = s["response_ids"][-1] == 1  # EOS is a label where the model ended it itself
+            assert ended == (s["finish_reason"] == "stop")
+            assert ended or len(s["response_ids"]) == 24
+        record, tokens = epochs[epoch - 1], [len(s["response_ids"]) for s in samples]
+        assert record["tokens"] == sum(tokens)
+        assert record["response_tokens_mean"] == pytest.approx(sum(tokens) / 7)
+        assert record["truncated"] == sum(s["finish_reason"] == "length" for s in samples) / 7
+        steps = [s for s in metrics(out, "step") if s["epoch"] == epoch]
+        weighted = sum(s["loss"] * s["tokens"] for s in steps) / sum(tokens)
+        assert record["loss"] == pytest.approx(weighted)
+    assert "left out: 0 without a prompt" in said and "alpha 1.4" in said
+    assert "Epoch 2, first sample" in said
+    assert list((toy / "csv").rglob("*step_loss*"))  # DeepSpeed's monitor was fed
+
+
+def test_trained_model_loads_in_transformers_and_vllm(run_2):
+    """With tokenizer and chat template; greedy tokens of both agree."""
+    code = """
+import json, os, sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", max_model_len=400, enforce_eager=True,
+          kv_cache_memory_bytes=2**28)
+chat = [{"role": "user", "content": "How do I paint the shelf?"}]
+out = llm.chat(chat, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+print("TOKENS", json.dumps([out[0].prompt_token_ids, list(out[0].outputs[0].token_ids)]))
+"""
+    model = str(run_2[0] / "model")
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    out = subprocess.run(
+        [sys.executable, "-c", code, model], capture_output=True, text=True, env=env
+    )
+    line = next((x for x in out.stdout.splitlines() if x.startswith("TOKENS")), None)
+    assert line, out.stderr[-3000:]
+    prompt, tokens = json.loads(line.removeprefix("TOKENS"))
+    assert tokens == greedy(model, prompt, 20)
+    assert not (run_2[0] / "model.new").exists()
+
+
+@torch.no_grad()
+def greedy(model, prompt, n):
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model)
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
+    """Temperature 0: the second epoch's tokens are those of the weights after the first. With tied
+    embeddings, which share one ZeRO-3 parameter."""
+    options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3, "--temperature", 0)
+    train(toy, tmp_path, 2, *options, model="tied")
+    policies = replay(toy / "tied", tmp_path, 1.4, 0.5, 3e-3, 16)
+    records, policy = next(policies)
+    assert metrics(tmp_path, "step")[0]["grad_norm"] == pytest.approx(
+        records[0]["grad_norm"], rel=1e-3
+    )
+    samples = read_jsonl(tmp_path / "samples" / "epoch-002.jsonl")
+    same = [
+        greedy(policy, s["prompt_ids"], len(s["response_ids"])) == s["response_ids"]
+        for s in samples
+    ]
+    assert all(same)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(toy / "tied")
+    assert any(
+        greedy(base, s["prompt_ids"], len(s["response_ids"])) != s["response_ids"] for s in samples
+    )
+
+
+def test_loss_and_kl_at_rate_0_with_two_models_and_one_sample_on_two_ranks(toy, tmp_path):
+    """The second rank has nothing to do and still takes part in every collective."""
+    from transformers import AutoModelForCausalLM
+
+    train(toy, tmp_path, 2, "--epochs", 1, "--samples_per_epoch", 1, "--learning_rate", 0,
+          "--positive_model", toy / "b", "--alpha", 1.7, "--plausibility", 0.02)  # fmt: skip
+    a, b = (AutoModelForCausalLM.from_pretrained(toy / n, dtype=torch.float64) for n in "ab")
+    (sample,) = read_jsonl(tmp_path / "samples" / "epoch-001.jsonl")
+    labels = oracle_labels(a, b, sample, 1.7, 0.02)
+    z = oracle_logits(a, sample["prompt_ids"], sample["response_ids"])
+    cross_entropy, entropy = (x.item() / len(labels) for x in oracle_loss(z, labels))
+    (record,) = metrics(tmp_path, "epoch")
+    assert record["loss"] == pytest.approx(cross_entropy, rel=1e-4)
+    assert record["kl"] == pytest.approx(cross_entropy - entropy, rel=1e-4)
+    start, end = weights_of(toy / "a"), weights(tmp_path)
+    assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_user_errors_are_one_line_and_code_2(toy, tmp_path):
+    """On both ranks alike, before any model loads."""
+    shutil.copytree(toy / "a", tmp_path / "capped")
+    change(tmp_path / "capped" / "config.json", final_logit_softcapping=30.0)
+    shutil.copytree(toy / "a", tmp_path / "other")
+    vocabulary = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(
+        vocabulary.replace('"<|user|>"', '"<|you|>"')
+    )
+    ds = json.loads((HERE / "ds_config.json").read_text())
+    (tmp_path / "batch.json").write_text(json.dumps({**ds, "train_batch_size": 64}))
+    (tmp_path / "stage.json").write_text(json.dumps({**ds, "zero_optimization": {"stage": 2}}))
+    cases = [
+        (("--positive_model", tmp_path / "capped"), "final_logit_softcapping"),
+        (("--positive_model", tmp_path / "other"), "vocabulary"),
+        (("--ds_config", tmp_path / "batch.json"), "remove 'train_batch_size'"),
+        (("--ds_config", tmp_path / "stage.json"), "stage"),
+        (("--max_prompt_tokens", 5), "no prompt to use"),
+        (("--data", tmp_path / "nothing.jsonl"), "no such file"),
+        (("--max_new_tokens", 5000), "positions"),
+    ]
+    for options, message in cases:
+        result = launch(2, "--model", toy / "a", "--data", toy / "data.jsonl", "--max_new_tokens",
+                        9, "--max_prompt_tokens", 300, *options, check=False)  # fmt: skip
+        assert result.returncode == 2, (options, result.stderr[-2000:])
+        lines = [x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: ")]
+        assert len(lines) == 1 and message in lines[0], (options, lines)
+        assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_help_names_every_option_and_its_source():
+    out = subprocess.run(
+        [sys.executable, HERE / "inverse_q.py", "--help"], capture_output=True, text=True
+    )
+    for field in dataclasses.fields(q.Config):
+        assert f"--{field.name}" in out.stdout
+    assert "(sec. 5)" in out.stdout and "our choice" in out.stdout
+
+
+def test_the_core_needs_torch_alone():
+    code = "import sys, inverse_q; print({'vllm', 'deepspeed', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert out.stdout.strip() == "set()"
+
+
+def test_main_job(tmp_path):
+    """./run.sh: the default alpha beats prompting and prompting the base, both clearly."""
+    env = {**os.environ, "OUT": str(tmp_path)}
+    out = subprocess.run([HERE / "run.sh"], env=env, capture_output=True, text=True, timeout=1500)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(report) == ["base", "prompting", "inverse_q"]
+    limits = {name: interval(share * 900, 900) for name, share in report.items()}
+    assert limits["base"][1] < limits["prompting"][0]
+    assert limits["prompting"][1] < limits["inverse_q"][0], report
+
+
+if __name__ == "__main__":
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    command, *arguments = sys.argv[1:]
+    {"world": make_world, "report": report}[command](*arguments)
