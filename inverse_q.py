@@ -64,6 +64,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 # vLLM, DeepSpeed and transformers are imported where they are used: the core needs torch alone.
 
@@ -82,6 +83,11 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that says what to change."""
 
 
+def check(fine: object, message: str) -> None:
+    if not fine:
+        raise UserError(message)
+
+
 def option(default: object, text: str) -> object:
     return field(default=default, metadata={"help": text})
 
@@ -96,36 +102,22 @@ class Config:
         "Prompts (sec. 5.1), separated by commas: hub data sets, owner/name or owner/name/folder, "
         "of which the train files are taken, or .jsonl and .json files, plain, .gz or .xz.",
     )
-    principle: str | None = option(
-        None, "Shown to pi_plus (sec. 4.2). Default: a built-in one; none with two frozen models."
-    )
+    principle: str | None = option(None, "Shown to pi_plus (sec. 4.2) instead of the built-in one.")
     positive_model: str | None = option(None, "pi_plus if not pi_0: an aligned model (sec. 5).")
     negative_model: str | None = option(None, "pi_0 if not --model: its SFT model (sec. 5).")
     alpha: float = option(1.4, "Contrast: 0 is pi_0, 1 pi_plus, beyond extrapolates (sec. 5).")
-    plausibility: float = option(
-        0.0, "Tokens under this share of pi_plus's top probability get none; 0: off (our choice)."
-    )
+    plausibility: float = option(0.0, "Cut at this share of pi_plus's top token (our choice: off).")
     epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
     samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
     batch_size: int = option(16, "Samples of an optimizer step over all ranks (our choice).")
-    micro_batch_tokens: int = option(
-        8192, "Padded tokens of a forward on a rank: for memory, not for results (our choice)."
-    )
+    micro_batch_tokens: int = option(8192, "Padded tokens of a forward on a rank (our choice).")
     learning_rate: float = option(1e-6, "Of AdamW (sec. 5), constant (our choice).")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
-    max_prompt_tokens: int = option(
-        1024, "Limit of a prompt with the principle; oldest turns go first (our choice)."
-    )
+    max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle (our choice).")
     temperature: float = option(1.0, "Of sampling (our choice).")
-    dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", "Of weights and activations; Adam's state is float32 (our choice)."
-    )
-    activation_checkpointing: bool = option(
-        True, "Recompute activations in the backward: less memory, a third more work (our choice)."
-    )
-    gpu_memory_utilization: float = option(
-        0.85, "Share of a GPU for vLLM while it samples; it sleeps while we fit (our choice)."
-    )
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Of the weights (our choice).")
+    activation_checkpointing: bool = option(True, "Less memory, a third more work (our choice).")
+    gpu_memory_utilization: float = option(0.85, "vLLM's share while it samples (our choice).")
     ds_config: str = option(
         str(Path(__file__).with_name("ds_config.json")),
         "DeepSpeed's own settings: ZeRO-3, offload, clipping, monitors (our choice).",
@@ -149,9 +141,7 @@ class Config:
 # Pure torch, tensors in, tensors out: take it.
 
 
-def superior_policy(
-    z_0: torch.Tensor, z_plus: torch.Tensor, alpha: float, plausibility: float = 0.0
-) -> torch.Tensor:
+def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2).
 
     z_0, z_plus: logits or log-probabilities of pi_0 and pi_plus, [..., V] (Z absorbs the constant
@@ -168,9 +158,7 @@ def superior_policy(
     return z_hat.log_softmax(-1)
 
 
-def token_credit(
-    log_pi_hat: torch.Tensor, log_pi_0: torch.Tensor, tokens: torch.Tensor, beta: float = 1.0
-) -> torch.Tensor:
+def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: float = 1) -> Tensor:
     """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)] (eq. 10).
 
     log_pi_hat, log_pi_0: log-probabilities, [..., T, V]; tokens: the ids a_t, [..., T]. Returns
@@ -179,7 +167,7 @@ def token_credit(
     return beta * (log_pi_hat - log_pi_0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for matrices of one type; float32 where they are bfloat16, whose numbers between 16 and
     32 lie 0.125 apart: too far for logits, of which alpha multiplies a difference."""
     if a.dtype != torch.bfloat16:
@@ -187,19 +175,13 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def logits(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Output layer: h [T, d], weight [V, d], bias [V] or None -> [T, V], float32 or wider."""
     z = matmul(h.to(weight.dtype), weight.t())
     return z if bias is None else z + bias
 
 
-def soft_label_loss(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    log_pi_hat: Callable[[slice], torch.Tensor],
-    chunk: int = 512,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def soft_label_loss(h: Tensor, weight: Tensor, bias: Tensor | None, log_pi_hat, chunk: int = 512):
     """Output layer and soft-label cross-entropy in one pass (sec. 4.1).
 
     h: the policy's final hidden states where a response token is predicted, [T, d]; weight [V, d]
@@ -219,15 +201,14 @@ class _SoftLabelLoss(torch.autograd.Function):
         wide = torch.promote_types(h.dtype, torch.float32)
         dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        cross_entropy, entropy = h.new_zeros(2, dtype=torch.float64).unbind()
-        for start in range(0, len(h), chunk):
-            rows = slice(start, start + chunk)
+        sums = h.new_zeros(2, dtype=torch.float64)
+        for rows in (slice(start, start + chunk) for start in range(0, len(h), chunk)):
             log_p = log_pi_hat(rows)  # [t, V], t <= chunk
             p = log_p.exp()
             z = logits(h[rows], weight, bias)  # [t, V]
             log_norm = z.logsumexp(-1, keepdim=True)  # [t, 1]
-            cross_entropy = cross_entropy + (log_norm.sum() - torch.linalg.vecdot(p, z).sum())
-            entropy = entropy - torch.linalg.vecdot(p, log_p).sum()
+            sums[0] += (log_norm[:, 0] - torch.linalg.vecdot(p, z)).sum()
+            sums[1] -= torch.linalg.vecdot(p, log_p).sum()
             g = z.sub_(log_norm).exp_().sub_(p)  # dL/dz = pi_theta - pi_hat, [t, V]
             if bias is not None:
                 dbias += g.sum(0)
@@ -237,8 +218,8 @@ class _SoftLabelLoss(torch.autograd.Function):
         ctx.save_for_backward(
             dh, dweight.to(weight.dtype), None if bias is None else dbias.to(bias)
         )
-        ctx.mark_non_differentiable(entropy)
-        return cross_entropy, entropy
+        ctx.mark_non_differentiable(sums[1])
+        return sums[0].clone(), sums[1]
 
     @staticmethod
     def backward(ctx, scale, _):
@@ -260,32 +241,30 @@ def data_files(data: str) -> Iterator[Path]:
             yield Path(name)
             continue
         try:
-            pattern, repo = f"{folder}*train*.json*", f"{owner}/{repo}"
-            local = snapshot_download(repo, repo_type="dataset", allow_patterns=pattern)
+            train = f"{folder}*train*.json*"
+            root = snapshot_download(f"{owner}/{repo}", repo_type="dataset", allow_patterns=train)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"--data {name}: no such file, and no hub data set: {reason}"
-            ) from error
-        yield from sorted(Path(local).glob(f"{folder}**/*train*.json*"))
+            raise UserError(f"--data {name}: no such file or hub data set ({reason})") from error
+        yield from sorted(Path(root, folder).rglob("*train*.json*"))
+
+
+def parse(text: str, place: object) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: is not JSON: {error}") from error
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, record) of every line of a .jsonl file or item of the list in a .json file."""
-
-    def parse(text: str, place: str) -> object:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: is not JSON: {error}") from error
-
     with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rt") as file:
         if ".json" in path.suffixes:
-            items = enumerate(parse(file.read(), str(path)), 1)
+            items = enumerate(parse(file.read(), path), 1)
             yield from ((f"{path}, item {n}", item) for n, item in items)
         else:
-            lines = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1) if line.strip())
-            yield from ((place, parse(line, place)) for place, line in lines)
+            lines = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1))
+            yield from ((place, parse(line, place)) for place, line in lines if line.strip())
 
 
 def messages_of(text: str | list[Message]) -> list[Message]:
@@ -325,7 +304,7 @@ def prompt_of(record: dict) -> list[Message]:
 
 def load_prompts(cfg: Config, chat: "Chat") -> tuple[list[list[Message]], dict[str, int]]:
     """Distinct prompts of --data that fit, and how many records were left out, by reason."""
-    prompts: dict[str, list[Message] | None] = {}
+    seen, kept = set(), []
     left_out = {"without a prompt": 0, "duplicate": 0, "too long": 0}
     for place, record in itertools.chain.from_iterable(map(read_records, data_files(cfg.data))):
         try:
@@ -333,17 +312,14 @@ def load_prompts(cfg: Config, chat: "Chat") -> tuple[list[list[Message]], dict[s
         except (KeyError, TypeError, AttributeError) as error:
             fields = "'prompt', 'messages', or 'chosen' and 'rejected', as text or messages"
             raise UserError(f"{place}: a record needs {fields} ({error!r})") from error
-        key = json.dumps(messages)
-        if not messages:
-            left_out["without a prompt"] += 1
-        elif key in prompts:
-            left_out["duplicate"] += 1
-        else:
-            prompts[key] = chat.fit(messages, cfg.max_prompt_tokens)
-            left_out["too long"] += prompts[key] is None
-    kept = [messages for messages in prompts.values() if messages]
-    if not kept:
-        raise UserError(f"--data {cfg.data}: no prompt to use; left out: {left_out}")
+        if not messages or (key := json.dumps(messages)) in seen:
+            left_out["duplicate" if messages else "without a prompt"] += 1
+            continue
+        seen.add(key)
+        if fitting := chat.fit(messages, cfg.max_prompt_tokens):
+            kept.append(fitting)
+        left_out["too long"] += not fitting
+    check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
     return kept, left_out
 
 
@@ -457,21 +433,16 @@ class Sample:
 class Sampler:
     """The policy as a vLLM engine inside this training process, a whole copy on every rank.
 
-    On a GPU it sleeps, weights and KV cache given up, except while it samples. Build it before the
-    training engines: at its start the memory it is promised has to be free.
+    On a GPU it sleeps, weights and KV cache given up, except while it samples (on a CPU to sleep
+    and to wake do nothing). Build it before the training engines: at its start the memory it is
+    promised has to be free.
     """
 
     def __init__(self, cfg: Config, chat: Chat):
         from vllm import LLM
 
-        self.cfg, self.chat, self.on_gpu = cfg, chat, torch.cuda.is_available()
+        self.cfg, self.chat, gpu = cfg, chat, torch.cuda.is_available()
         length = cfg.max_prompt_tokens + cfg.max_new_tokens
-        memory = {"kv_cache_memory_bytes": 2**30}  # on a CPU, where only tiny models make sense
-        if self.on_gpu:
-            memory = {
-                "gpu_memory_utilization": cfg.gpu_memory_utilization,
-                "enable_sleep_mode": True,
-            }
         self.llm = LLM(
             cfg.model,
             dtype=cfg.dtype,
@@ -480,19 +451,19 @@ class Sampler:
             max_num_batched_tokens=max(8192, length),
             enable_chunked_prefill=False,  # with it, seeded requests fail on CPU in vLLM 0.32.0
             distributed_executor_backend="external_launcher",  # in this process, on its own GPU
-            enforce_eager=not self.on_gpu,  # CUDA graphs on a GPU; on a CPU compiling costs more
-            **memory,
+            enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU compiling costs more
+            enable_sleep_mode=gpu,
+            gpu_memory_utilization=cfg.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of the machine's memory
         )
-        if self.on_gpu:
-            self.llm.sleep(level=2)
+        self.llm.sleep(level=2)
 
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Wake with the weights of the policy: (name, whole tensor) of each, in layer order."""
-        if self.on_gpu:
-            self.llm.wake_up(tags=["weights"])
+        torch.cuda.empty_cache()  # what training freed is PyTorch's still, and vLLM needs it
+        self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self.on_gpu:
-            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def sample(self, epoch: int, prompts: list[list[Message]]) -> list[Sample]:
@@ -506,29 +477,24 @@ class Sampler:
         cfg, chat, samples, params = self.cfg, self.chat, [], []
         drawn = draw_prompts(len(prompts), cfg.samples_per_epoch, epoch, cfg.seed)
         for i in range(dist.get_rank(), len(drawn), dist.get_world_size()):
-            x = prompts[drawn[i]]
+            x, seed = prompts[drawn[i]], random.Random(f"{cfg.seed}/{epoch}/{i}").getrandbits(63)
             samples.append(Sample(i, x, chat.ids(x), chat.ids(chat.with_principle(x))))
-            seed = random.Random(f"{cfg.seed}/{epoch}/{i}").getrandbits(63)
-            params.append(
-                SamplingParams(
-                    temperature=cfg.temperature, max_tokens=cfg.max_new_tokens, seed=seed
-                )
-            )
+            limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
+            params.append(SamplingParams(seed=seed, **limits))
         contexts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples]
         outputs = self.llm.generate(contexts, params, use_tqdm=dist.get_rank() == 0)
         for sample, output in zip(samples, outputs, strict=True):
             sample.response_ids = list(output.outputs[0].token_ids)
             sample.finish_reason = output.outputs[0].finish_reason
             sample.response = chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
-        if self.on_gpu:
-            self.llm.sleep(level=2)
+        self.llm.sleep(level=2)
         return sorted(gather(samples), key=lambda sample: sample.index)
 
 
 # ------------------------------------------------------------------------------- Superior policy --
 
 
-def pack(contexts: list[list[int]], responses: list[list[int]]) -> tuple:
+def pack(contexts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, Tensor]:
     """A batch of sequences context + response: ids [B, L] and rows [T].
 
     rows are the positions in the flattened [B * L] from which the response tokens are predicted:
@@ -543,14 +509,14 @@ def pack(contexts: list[list[int]], responses: list[list[int]]) -> tuple:
     return ids, torch.tensor(rows, dtype=torch.long)
 
 
-def final_states(body: torch.nn.Module, contexts, responses) -> torch.Tensor:
+def final_states(body: nn.Module, contexts, responses) -> Tensor:
     """Final hidden states from which the response tokens are predicted, [T, d]."""
     device = next(body.parameters()).device
     ids, rows = (part.to(device) for part in pack(contexts, responses))
     return body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows]
 
 
-def load_model(name: str, cfg: Config, ds_config: dict) -> torch.nn.Module:
+def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """A causal language model, its weights sharded over the ranks as they load (ZeRO-3)."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
@@ -563,99 +529,87 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, cfg.dtype))
 
 
-class FrozenModel:
-    """A model that is never trained: ZeRO-3 inference over its shards. Its output layer stays whole
-    on every rank, because each chunk of the loss needs it."""
-
-    def __init__(self, name: str, cfg: Config, ds_config: dict):
-        import deepspeed
-
-        model = load_model(name, cfg, ds_config)
-        self.body, *_ = deepspeed.initialize(
-            model=model.base_model.requires_grad_(False).eval(), config=ds_config
-        )
-        head = model.get_output_embeddings()
-        with deepspeed.zero.GatheredParameters(list(head.parameters())):
-            self.head = [None if p is None else p.data.clone() for p in (head.weight, head.bias)]
-
-    def states(self, contexts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-        """[T, d], float32, in which alpha can multiply a difference."""
-        return final_states(self.body, contexts, responses).float()
-
-    def logits(self, h: torch.Tensor) -> torch.Tensor:
-        """[t, d] -> [t, V]."""
-        return logits(h, *self.head)
-
-
 class SuperiorPolicy:
-    """pi_hat at the response tokens of samples (sec. 4.2)."""
+    """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained:
+    ZeRO-3 inference over their shards. Their output layers stay whole on every rank, because each
+    chunk of the loss needs them."""
 
     def __init__(self, cfg: Config, ds_config: dict):
-        self.cfg = cfg
-        self.pi_0 = self.pi_plus = FrozenModel(cfg.negative_model, cfg, ds_config)
-        if not cfg.one_model:
-            self.pi_plus = FrozenModel(cfg.positive_model, cfg, ds_config)
+        import deepspeed
+
+        self.cfg, self.frozen = cfg, []  # (body, (weight, bias)) of pi_0, and of pi_plus if another
+        for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
+            model = load_model(name, cfg, ds_config)
+            body = model.base_model.requires_grad_(False).eval()
+            body, *_ = deepspeed.initialize(model=body, config=ds_config)
+            head = model.get_output_embeddings()
+            with deepspeed.zero.GatheredParameters(list(head.parameters())):
+                whole = [p if p is None else p.data.clone() for p in (head.weight, head.bias)]
+            self.frozen.append((body, whole))
 
     @torch.no_grad()
-    def __call__(self, samples: list[Sample]) -> Callable[[slice], torch.Tensor]:
+    def __call__(self, samples: list[Sample]) -> Callable[[slice], Tensor]:
         """Soft labels for soft_label_loss(): a function of rows of the T response tokens that
-        returns log pi_hat [t, V]. Only [T, d] is kept."""
-        alpha, plausibility = self.cfg.alpha, self.cfg.plausibility
-        plain = [s.prompt_ids for s in samples]
-        shown = [s.principle_prompt_ids for s in samples]
-        y = [s.response_ids for s in samples]
-        if self.cfg.one_model:  # both contexts in one batch: the shards are gathered once
-            h_0, h_plus = self.pi_0.states(plain + shown, y + y).unflatten(0, (2, -1))
+        returns log pi_hat [t, V]. It keeps [T, d] alone, float32: alpha multiplies a difference."""
+        (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
+        plain, shown = [s.prompt_ids for s in samples], [s.principle_prompt_ids for s in samples]
+        y, alpha = [s.response_ids for s in samples], self.cfg.alpha
+        if body_0 is body_plus:  # both contexts in one batch: the shards are gathered once
+            h_0, h_plus = final_states(body_0, plain + shown, y + y).float().unflatten(0, (2, -1))
         else:
-            h_0, h_plus = self.pi_0.states(plain, y), self.pi_plus.states(shown, y)
-        if self.cfg.one_model and plausibility == 0:
+            h_0 = final_states(body_0, plain, y).float()
+            h_plus = final_states(body_plus, shown, y).float()
+        if body_0 is body_plus and self.cfg.plausibility == 0:
             # The output layer is linear, z = W h + b, so that extrapolated hidden states save one
             # of two products: z_0 + alpha (z_plus - z_0) = W h_hat + b.
             h_hat = torch.lerp(h_0, h_plus, alpha)
-            return lambda rows: self.pi_0.logits(h_hat[rows]).log_softmax(-1)
-        return lambda rows: superior_policy(
-            self.pi_0.logits(h_0[rows]), self.pi_plus.logits(h_plus[rows]), alpha, plausibility
-        )
+            return lambda rows: logits(h_hat[rows], *head_0).log_softmax(-1)
+
+        def log_pi_hat(rows: slice) -> Tensor:
+            z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
+            return superior_policy(z_0, z_plus, alpha, self.cfg.plausibility)
+
+        return log_pi_hat
 
 
 # ---------------------------------------------------------------------------------------- Policy --
 
 
-class Policy(torch.nn.Module):
+class Policy(nn.Module):
     """pi_theta. Its forward is the loss.
 
     ZeRO-3 gathers the shards of a module for that module's own forward alone. So the loss, which
     needs the weight of the output layer, is what the output layer's forward becomes.
     """
 
-    def __init__(self, model: torch.nn.Module, checkpointing: bool):
+    def __init__(self, model: nn.Module, checkpointing: bool):
         super().__init__()
         self.model, head = model.train(), model.get_output_embeddings()
         head.forward = lambda h, labels: soft_label_loss(h, head.weight, head.bias, labels)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, samples: list[Sample], labels) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, samples: list[Sample], labels) -> tuple[Tensor, Tensor]:
         """Sums over the response tokens of H(pi_hat, pi_theta) and of H(pi_hat), in nats."""
         contexts, responses = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
         h = final_states(self.model.base_model, contexts, responses)
         return self.model.get_output_embeddings()(h, labels)
 
 
-def whole_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of every weight, gathered from the shards one layer at a time.
 
     Gathering is a collective: every rank has to run through the whole iterator.
     """
     import deepspeed
 
-    layers = itertools.groupby(
-        model.named_parameters(), key=lambda named: re.match(r"(.*?\.\d+\.)?", named[0]).group()
-    )
-    for _, layer in layers:
-        named = list(layer)
-        with deepspeed.zero.GatheredParameters([parameter for _, parameter in named]):
-            yield from ((name, parameter.data) for name, parameter in named)
+    layer = functools.partial(
+        re.match, r"(.*?\.\d+\.)?"
+    )  # "model.layers.0.", or "" outside of them
+    for _, group in itertools.groupby(model.named_parameters(), lambda named: layer(named[0])[0]):
+        parameters = dict(group)
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            yield from ((name, parameter.data) for name, parameter in parameters.items())
 
 
 def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
@@ -697,15 +651,13 @@ def deepspeed_config(cfg: Config) -> dict:
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler
         "zero_force_ds_cpu_optimizer": False,
     }
-    try:
-        config = json.loads(Path(cfg.ds_config).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--ds_config {cfg.ds_config}: cannot be read: {error}") from error
+    file = f"--ds_config {cfg.ds_config}"
+    check(Path(cfg.ds_config).is_file(), f"{file}: no such file")
+    config = parse(Path(cfg.ds_config).read_text(), file)
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
-        if config.get(key, "auto") not in ("auto", owned.get(key)):
-            raise UserError(f"--ds_config {cfg.ds_config}: remove {key!r}, inverse_q.py sets it")
-    if config.get("zero_optimization", {}).get("stage") != 3:
-        raise UserError(f"--ds_config {cfg.ds_config}: set stage in zero_optimization to 3")
+        fine = config.get(key, "auto") in ("auto", owned.get(key))
+        check(fine, f"{file}: remove {key!r}, inverse_q.py sets it")
+    check(config.get("zero_optimization", {}).get("stage") == 3, f"{file}: set ZeRO stage 3")
     return {**config, **owned}
 
 
@@ -714,44 +666,26 @@ def load_tokenizer(cfg: Config):
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    length = cfg.max_prompt_tokens + cfg.max_new_tokens
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
-        config = AutoConfig.from_pretrained(name)
-        if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{name}: its vocabulary is not that of {cfg.model}, as it has to be")
-        if config.max_position_embeddings < length:
-            raise UserError(
-                f"{name}: --max_prompt_tokens + --max_new_tokens = {length} exceed its "
-                f"{config.max_position_embeddings} positions"
-            )
+        config, vocabulary = AutoConfig.from_pretrained(name), tokenizer.get_vocab()
+        same = AutoTokenizer.from_pretrained(name).get_vocab() == vocabulary
+        check(same, f"{name}: its vocabulary is not that of {cfg.model}, as it has to be")
+        long = cfg.max_prompt_tokens + cfg.max_new_tokens <= config.max_position_embeddings
+        positions = f"its {config.max_position_embeddings} positions"
+        check(long, f"{name}: --max_prompt_tokens + --max_new_tokens exceed {positions}")
         for scale in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            if getattr(config, scale, None) not in (None, 1):
-                raise UserError(f"{name}: {scale} makes its output layer not linear: unsupported")
+            linear = getattr(config, scale, None) in (None, 1)
+            check(linear, f"{name}: {scale} makes its output layer not linear: unsupported")
     return tokenizer
 
 
-def save_model(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """model/ in transformers format; the one before stays whole until the new one is."""
-    keep = dist.get_rank() == 0  # every rank gathers, one keeps
-    weights = {name: w.to("cpu", copy=True) for name, w in whole_weights(model) if keep}
-    if keep:
-        generation = model.generation_config
-        if generation.temperature is not None or generation.top_p is not None:
-            generation.do_sample = True  # Vicuna's lacks it, and save_pretrained refuses that
-        new = folder.with_suffix(".new")
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new, state_dict=weights)
-        tokenizer.save_pretrained(new)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+class Output:
+    """What a run leaves under output_dir, written by rank 0."""
 
-
-class Log:
-    """What a run writes beside its model, on rank 0: config.json, metrics.jsonl and samples/."""
-
-    def __init__(self, cfg: Config, monitor):
+    def __init__(self, cfg: Config, model: nn.Module, tokenizer, monitor):
         self.folder, self.monitor = Path(cfg.output_dir), monitor
-        if dist.get_rank() == 0:
+        self.model, self.tokenizer, self.writes = model, tokenizer, dist.get_rank() == 0
+        if self.writes:
             packages = ("torch", "transformers", "deepspeed", "vllm")
             versions = {name: sys.modules[name].__version__ for name in packages}
             config = {**asdict(cfg), "ranks": dist.get_world_size(), "versions": versions}
@@ -761,49 +695,53 @@ class Log:
 
     def samples(self, epoch: int, samples: list[Sample]) -> None:
         """samples/epoch-NNN.jsonl, and the first one on the console."""
-        if dist.get_rank() == 0:
+        if self.writes:
             lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
             (self.folder / "samples" / f"epoch-{epoch:03d}.jsonl").write_text("".join(lines))
         x, y = samples[0].messages[-1]["content"], samples[0].response
-        say(f"\nEpoch {epoch}, first sample\n  user      {x!r:.400}\n  policy    {y!r:.400}")
+        say(f"\nEpoch {epoch}, first sample\n  user    {x!r:.300}\n  policy  {y!r:.300}")
 
-    def metrics(self, kind: str, epoch: int, step: int, samples, sums: list, **values) -> None:
-        """A line of metrics.jsonl and an event for DeepSpeed's monitors."""
-        tokens = sum(len(s.response_ids) for s in samples)
-        losses = {"loss": sums[0] / tokens, "kl": (sums[0] - sums[1]) / tokens}
-        values = {**losses, "samples": len(samples), "tokens": tokens, **values}
-        if dist.get_rank() == 0:
-            line = {"kind": kind, "epoch": epoch, "step": step, **values}
+    def metrics(self, kind: str, epoch: int, step: int, record: dict[str, float]) -> None:
+        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if ds_config has any."""
+        if self.writes:
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.monitor.write_events([(f"{kind}/{key}", v, step) for key, v in values.items()])
-        if kind == "epoch":
-            say("  " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+                file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
+            self.monitor.write_events([(f"{kind}/{key}", v, step) for key, v in record.items()])
+
+    def weights(self) -> None:
+        """model/ in transformers format; the one before stays whole until the new one is."""
+        # Every rank gathers, one keeps.
+        weights = {k: w.to("cpu", copy=True) for k, w in whole_weights(self.model) if self.writes}
+        if self.writes:
+            generation = self.model.generation_config
+            if generation.temperature is not None or generation.top_p is not None:
+                generation.do_sample = True  # Vicuna's lacks it, and save_pretrained refuses that
+            folder, new = self.folder / "model", self.folder / "model.new"
+            shutil.rmtree(new, ignore_errors=True)
+            self.model.save_pretrained(new, state_dict=weights)
+            self.tokenizer.save_pretrained(new)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
 
 
-def peak_memory_gib() -> float:
-    """Of the rank that took most: memory of its GPU, or of its process where there is none."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    return max(gather([peak])) / 2**30
-
-
-def optimizer_step(engine, superior: SuperiorPolicy, batch: list[Sample], budget: int) -> list:
-    """Contrast and fit a batch. Returns the sums over its response tokens, those of all ranks, of
-    H(pi_hat, pi_theta) and H(pi_hat), in nats."""
-    ranks, sums = dist.get_world_size(), torch.zeros(2, dtype=torch.float64)
-    tokens = sum(len(s.response_ids) for s in batch)  # N
+def optimizer_step(engine, superior: SuperiorPolicy, batch: list[Sample], budget: int) -> dict:
+    """Contrast and fit one batch, on all ranks together. Returns its record for metrics.jsonl."""
+    ranks, sums = dist.get_world_size(), torch.zeros(2, dtype=torch.float64, device=engine.device)
+    tokens = sum(len(s.response_ids) for s in batch)  # N of the loss
     lengths = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in batch]
     for micro_step in deal(lengths, ranks, budget):
         mine = [batch[i] for i in micro_step[dist.get_rank()]]
         labels = superior(mine)
         cross_entropy, entropy = engine(mine, labels)
-        # L = (sum over ranks) / N. DeepSpeed takes the mean over ranks, hence the number of ranks.
+        # L is the sum over ranks, divided by N. DeepSpeed takes their mean, hence times ranks.
         engine.backward(cross_entropy * (ranks / tokens))
-        sums += torch.stack([cross_entropy.detach(), entropy]).cpu()
+        sums += torch.stack([cross_entropy.detach(), entropy])
     engine.step()
-    return [sum(column) for column in zip(*gather([sums.tolist()]), strict=True)]
+    dist.all_reduce(sums)
+    loss, entropy = (sums / tokens).tolist()
+    grad_norm, (rate,) = float(engine.get_global_grad_norm()), engine.get_lr()
+    record = {"loss": loss, "kl": loss - entropy, "grad_norm": grad_norm, "learning_rate": rate}
+    return {**record, "samples": len(batch), "tokens": tokens}
 
 
 def train(cfg: Config) -> None:
@@ -814,6 +752,14 @@ def train(cfg: Config) -> None:
     ds_config, tokenizer = deepspeed_config(cfg), load_tokenizer(cfg)
     chat = Chat(tokenizer, cfg.principle)
     prompts, left_out = load_prompts(cfg, chat)
+    step, n, size = 0, cfg.samples_per_epoch, cfg.batch_size
+    say(f"""Inverse-Q* on {dist.get_world_size()} rank(s) in {cfg.dtype}
+  policy     {cfg.model}
+  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}
+  principle  {cfg.principle}
+  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}
+  epochs     {cfg.epochs} of {n} samples in {-(-n // size)} optimizer steps
+  output     {cfg.output_dir}""")
 
     sampler = Sampler(cfg, chat)
     dist.barrier()  # vLLM takes longer on some ranks than on others
@@ -821,12 +767,9 @@ def train(cfg: Config) -> None:
     policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
     adamw = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=adamw, config=ds_config)
-    log = Log(cfg, engine.monitor)
-    save = functools.partial(save_model, policy.model, tokenizer, log.folder / "model")
-    save()  # that saving works shows now, not after hours
-    say(summary(cfg, chat, len(prompts), left_out))
+    output = Output(cfg, policy.model, tokenizer, engine.monitor)
+    output.weights()  # that saving works shows now, not after hours
 
-    step, n, size = 0, cfg.samples_per_epoch, cfg.batch_size
     for epoch in range(1, cfg.epochs + 1):
         # Sync: the sampler takes over pi_theta.
         clock = [time.perf_counter()]
@@ -835,53 +778,35 @@ def train(cfg: Config) -> None:
 
         # 1. Sample y ~ pi_theta(.|x).
         samples = sampler.sample(epoch, prompts)
-        log.samples(epoch, samples)
+        output.samples(epoch, samples)
         clock.append(time.perf_counter())
 
         # 2. Contrast, and 3. fit.
-        batches = [samples[i : i + size] for i in range(0, n, size)]
-        epoch_sums = [0.0, 0.0]
+        batches, records = [samples[i : i + size] for i in range(0, n, size)], []
         for batch in tqdm(batches, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
             step += 1
-            sums = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens)
-            epoch_sums = [a + b for a, b in zip(epoch_sums, sums, strict=True)]
-            log.metrics(
-                "step", epoch, step, batch, sums,
-                grad_norm=float(engine.get_global_grad_norm()), learning_rate=cfg.learning_rate,
-            )  # fmt: skip
+            records.append(optimizer_step(engine, superior, batch, cfg.micro_batch_tokens))
+            output.metrics("step", epoch, step, {"step": step, **records[-1]})
         clock.append(time.perf_counter())
 
         # Log and save.
-        sync, sampling, fitting = (b - a for a, b in itertools.pairwise(clock))
-        tokens = sum(len(s.response_ids) for s in samples)
-        log.metrics(
-            "epoch", epoch, step, samples, epoch_sums,
-            response_tokens_mean=tokens / n,
-            truncated=sum(s.finish_reason == "length" for s in samples) / n,
-            sample_seconds=sampling, train_seconds=fitting, sync_seconds=sync,
-            sample_tokens_per_second=tokens / sampling, train_tokens_per_second=tokens / fitting,
-            peak_memory_gib=peak_memory_gib(),
-        )  # fmt: skip
-        save()
-    say(f"Done: {log.folder / 'model'} is the trained model.")
-
-
-def summary(cfg: Config, chat: Chat, kept: int, left_out: dict[str, int]) -> str:
-    """What will run, on one screen."""
-    ranks, device = dist.get_world_size(), "GPU" if torch.cuda.is_available() else "CPU"
-    shown = "" if cfg.principle is None else f', shown: "{cfg.principle}"'
-    steps = -(-cfg.samples_per_epoch // cfg.batch_size)
-    left = ", ".join(f"{n} {why}" for why, n in left_out.items())
-    return f"""
-Inverse-Q* on {ranks} {device} rank{"s"[: ranks > 1]}, {cfg.dtype}
-  pi_theta   {cfg.model}
-  pi_0       {cfg.negative_model}
-  pi_plus    {cfg.positive_model}{shown}
-  pi_hat     alpha {cfg.alpha}, plausibility {cfg.plausibility}
-  prompts    {kept} from {cfg.data}; left out: {left}
-  epochs     {cfg.epochs} of {cfg.samples_per_epoch} samples, {steps} optimizer steps each
-  written to {cfg.output_dir}
-"""
+        sync, sample, fit = (b - a for a, b in itertools.pairwise(clock))
+        tokens = sum(r["tokens"] for r in records)
+        record = {k: sum(r[k] * r["tokens"] for r in records) / tokens for k in ("loss", "kl")}
+        record |= {"samples": n, "tokens": tokens, "response_tokens_mean": tokens / n}
+        record |= {"truncated": sum(s.finish_reason == "length" for s in samples) / n}
+        record |= {"sample_seconds": sample, "train_seconds": fit, "sync_seconds": sync}
+        speeds = {
+            "sample_tokens_per_second": tokens / sample,
+            "train_tokens_per_second": tokens / fit,
+        }
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks = gather([torch.cuda.max_memory_allocated() or rss])
+        record |= {**speeds, "peak_memory_gib": max(peaks) / 2**30}
+        output.metrics("epoch", epoch, step, record)
+        say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
+        output.weights()
+    say(f"The trained model is {output.folder / 'model'}")
 
 
 def main() -> None:

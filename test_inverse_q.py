@@ -616,9 +616,9 @@ DEFAULT_SYSTEM = (  # Qwen's manner
 )
 EMPTY_SYSTEM = DEFAULT_SYSTEM.replace("You are Q.", "")  # Llama 3.1's manner
 IN_USER_TURN = (  # Mistral's manner
-    "{% if messages[0].role == 'system' %}{% set s, rest = messages[0].content + '\n', "
-    "messages[1:] %}{% else %}{% set s, rest = '', messages %}{% endif %}{% for m in rest %}[{{ m.role }}]"
-    "{{ s if loop.first else '' }}{{ m.content }}{% endfor %}"
+    "{% if messages[0].role == 'system' %}{% set s, rest = messages[0].content, messages[1:] %}"
+    "{% else %}{% set s, rest = '', messages %}{% endif %}{% for m in rest %}[{{ m.role }}]"
+    "{{ s + '\n' if loop.first and s else '' }}{{ m.content }}{% endfor %}"
 )
 IGNORES_SYSTEM = (
     "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -735,26 +735,17 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(z, torch.cat(expected))
 
 
-def frozen(model):
-    """A FrozenModel without DeepSpeed: the same methods over a whole model."""
-    result = q.FrozenModel.__new__(q.FrozenModel)
-    result.body, result.head = model.model, [model.lm_head.weight.detach(), model.lm_head.bias]
-    return result
-
-
 @pytest.mark.parametrize("two_models", [False, True])
 @pytest.mark.parametrize("plausibility", [0.0, 0.2])
 def test_labels_equal_the_oracle(two_models, plausibility):
     pi_0 = small_llama(0)
     pi_plus = small_llama(1, num_hidden_layers=1) if two_models else pi_0
     samples = some_samples()
-    superior = q.SuperiorPolicy.__new__(q.SuperiorPolicy)
-    superior.cfg = q.Config(
-        "a", plausibility=plausibility, positive_model="b" if two_models else None
-    )
-    superior.pi_0 = superior.pi_plus = frozen(pi_0)
-    if two_models:
-        superior.pi_plus = frozen(pi_plus)
+    superior = q.SuperiorPolicy.__new__(q.SuperiorPolicy)  # without DeepSpeed, over whole models
+    positive = "b" if two_models else None
+    superior.cfg = q.Config("a", plausibility=plausibility, positive_model=positive)
+    models = [pi_0, pi_plus] if two_models else [pi_0]
+    superior.frozen = [(m.model, (m.lm_head.weight.detach(), m.lm_head.bias)) for m in models]
     labels = superior(samples)
     got = torch.cat(
         [labels(slice(i, i + 3)) for i in range(0, sum(len(s.response_ids) for s in samples), 3)]
@@ -935,12 +926,12 @@ def test_what_a_run_writes_and_says(toy, run_2):
     assert config["positive_model"] == str(toy / "a") and config["versions"]["vllm"]
     epochs = metrics(out, "epoch")
     assert list(epochs[0]) == [
-        "kind", "epoch", "step", "loss", "kl", "samples", "tokens", "response_tokens_mean",
+        "kind", "epoch", "loss", "kl", "samples", "tokens", "response_tokens_mean",
         "truncated", "sample_seconds", "train_seconds", "sync_seconds", "sample_tokens_per_second",
         "train_tokens_per_second", "peak_memory_gib",
     ]  # fmt: skip
     assert list(metrics(out, "step")[0]) == [
-        "kind", "epoch", "step", "loss", "kl", "samples", "tokens", "grad_norm", "learning_rate",
+        "kind", "epoch", "step", "loss", "kl", "grad_norm", "learning_rate", "samples", "tokens",
     ]  # fmt: skip
     for epoch in (1, 2):
         samples = read_jsonl(out / "samples" / f"epoch-00{epoch}.jsonl")
@@ -960,7 +951,7 @@ def test_what_a_run_writes_and_says(toy, run_2):
         steps = [s for s in metrics(out, "step") if s["epoch"] == epoch]
         weighted = sum(s["loss"] * s["tokens"] for s in steps) / sum(tokens)
         assert record["loss"] == pytest.approx(weighted)
-    assert "left out: 0 without a prompt" in said and "alpha 1.4" in said
+    assert "left out: {'without a prompt': 0, 'duplicate': " in said and "alpha 1.4" in said
     assert "Epoch 2, first sample" in said
     assert list((toy / "csv").rglob("*step_loss*"))  # DeepSpeed's monitor was fed
 
