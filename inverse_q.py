@@ -117,13 +117,13 @@ class Config:
     temperature: float = option(1.0, "Of sampling (our choice).")
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Of the weights (our choice).")
     activation_checkpointing: bool = option(True, "Less memory, a third more work (our choice).")
-    gpu_memory_utilization: float = option(0.85, "vLLM's share while it samples (our choice).")
+    gpu_memory_utilization: float = option(0.5, "vLLM's share while it samples (our choice).")
     ds_config: str = option(
         str(Path(__file__).with_name("ds_config.json")),
         "DeepSpeed's own settings: ZeRO-3, offload, clipping, monitors (our choice).",
     )
     output_dir: str = option("out", "Folder for all that is written.")
-    seed: int = option(0, "Of prompt order and sampling; the number of ranks changes neither.")
+    seed: int = option(0, "Of prompt order and sampling, on any number of ranks (our choice).")
 
     def __post_init__(self) -> None:
         self.negative_model = self.negative_model or self.model
@@ -667,12 +667,16 @@ def load_tokenizer(cfg: Config):
 
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
-        config, vocabulary = AutoConfig.from_pretrained(name), tokenizer.get_vocab()
-        same = AutoTokenizer.from_pretrained(name).get_vocab() == vocabulary
+        config = AutoConfig.from_pretrained(name)
+        same = AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
+        same = same and config.vocab_size == AutoConfig.from_pretrained(cfg.model).vocab_size
         check(same, f"{name}: its vocabulary is not that of {cfg.model}, as it has to be")
-        long = cfg.max_prompt_tokens + cfg.max_new_tokens <= config.max_position_embeddings
-        positions = f"its {config.max_position_embeddings} positions"
-        check(long, f"{name}: --max_prompt_tokens + --max_new_tokens exceed {positions}")
+        positions, length = (
+            config.max_position_embeddings,
+            cfg.max_prompt_tokens + cfg.max_new_tokens,
+        )
+        message = f"{name}: --max_prompt_tokens + --max_new_tokens are {length}, its positions"
+        check(length <= positions, f"{message} only {positions}")
         for scale in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             linear = getattr(config, scale, None) in (None, 1)
             check(linear, f"{name}: {scale} makes its output layer not linear: unsupported")
@@ -825,6 +829,9 @@ def main() -> None:
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    for name, value in {**one, "MASTER_PORT": "29500"}.items():  # plain python is one rank
+        os.environ.setdefault(name, value)
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     try:
