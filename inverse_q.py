@@ -240,6 +240,10 @@ def data_files(data: str) -> Iterator[Path]:
         if Path(name).is_file():
             yield Path(name)
             continue
+        hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name) and not re.search(
+            r"\.(jsonl?|gz|xz)$", name
+        )
+        check(hub, f"--data {name}: no such file")
         try:
             train = f"{folder}*train*.json*"
             root = snapshot_download(f"{owner}/{repo}", repo_type="dataset", allow_patterns=train)

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import gzip
+import http.server
 import itertools
 import json
 import lzma
@@ -25,6 +26,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -33,6 +35,8 @@ import pytest
 import torch
 
 import inverse_q as q
+
+HERE = Path(__file__).parent
 
 # ------------------------------------------------------------------------------------ Tiny world --
 
@@ -587,6 +591,68 @@ def test_bad_data_is_one_line_that_names_its_place(tmp_path, text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download of a data set asks for."""
+
+    commit = "0" * 40
+    files = {  # noqa: RUF012
+        "helpful/train.jsonl.gz": gzip.compress(b'{"prompt": "helpful"}'),
+        "harmless/train.jsonl.gz": gzip.compress(b'{"prompt": "harmless"}'),
+        "harmless/test.jsonl.gz": gzip.compress(b'{"prompt": "held out"}'),
+        "README.md": b"",
+    }
+
+    def do_GET(self):
+        path, headers, status = self.path.partition("?")[0], {"X-Repo-Commit": self.commit}, 200
+        if path.startswith("/api/datasets/org/set/revision"):
+            names = [{"rfilename": name} for name in self.files]
+            body = json.dumps({"id": "org/set", "sha": self.commit, "siblings": names}).encode()
+        elif path.startswith("/api/datasets/org/set/tree"):
+            entry = {"type": "file", "oid": "0"}
+            tree = [{**entry, "path": k, "size": len(v)} for k, v in self.files.items()]
+            body = json.dumps(tree).encode()
+        elif "/org/set/resolve/" in path:
+            body = self.files[path.partition(self.commit + "/")[2]]
+            headers["ETag"] = f'"{hash(body)}"'
+        else:
+            body, status, headers["X-Error-Code"] = b"", 404, "RepoNotFound"
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_hub_data_sets(tmp_path):
+    """Train files alone, of the whole set or of one folder; what is not there is one line."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = """
+import inverse_q as q
+for name in ("org/set", "org/set/harmless", "org/none", "org/data.jsonl", "no hub"):
+    try:
+        print([r["prompt"] for f in q.data_files(name) for _, r in q.read_records(f)])
+    except q.UserError as error:
+        print(error)
+"""
+    hub = f"http://127.0.0.1:{server.server_port}"
+    env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=HERE
+    )
+    server.shutdown()
+    found = run.stdout.splitlines()
+    assert found[:2] == ["['harmless', 'helpful']", "['harmless']"], run.stderr[-2000:]
+    assert found[2].startswith("--data org/none: no such file or hub data set (404")
+    assert found[3:] == ["--data org/data.jsonl: no such file", "--data no hub: no such file"]
+
+
 def test_epochs_walk_through_a_shuffle_and_reshuffle_when_it_is_used_up():
     drawn = [i for epoch in range(1, 8) for i in q.draw_prompts(10, 4, epoch, seed=3)]
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
@@ -807,8 +873,6 @@ def test_whole_weights_come_a_layer_at_a_time(monkeypatch):
 
 # ------------------------------------------------------------- Tests: real processes, end to end --
 
-HERE = Path(__file__).parent
-
 
 def launch(ranks, *options, check=True, launcher=()):
     """The command of the README, with a port of its own."""
@@ -904,7 +968,7 @@ def weights_of(folder):
 
 
 def test_one_rank_and_two_ranks_give_the_same_run(toy, run_2, tmp_path):
-    train(toy, tmp_path, 1, *TRAINING)
+    train(toy, tmp_path, 1, *TRAINING, "--activation_checkpointing", False)  # nor does that matter
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         assert read_jsonl(tmp_path / "samples" / file) == read_jsonl(run_2[0] / "samples" / file)
     for kind in ("step", "epoch"):
