@@ -6,8 +6,8 @@ Models Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.
 from top to bottom as the algorithm.
 
 THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state, a_t = y_t its next token.
-pi_theta is the policy in training; pi_0 the base model, frozen; pi_plus the same model shown a
-principle as system message, or an aligned model; alpha the strength of their contrast.
+pi_theta is the policy in training; pi_0 the base model, frozen; pi_plus the same model with a
+principle in its system message, or an aligned model; alpha the strength of their contrast.
 
   objective        J(pi) = E_pi[r] + beta H(pi)                                         (eq. 5)
   reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]             (eq. 6)
@@ -17,20 +17,21 @@ principle as system message, or an aligned model; alpha the strength of their co
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
 A prefix is worth its own reward (eq. 7-9), so there is no critic to learn. And moving towards
-pi_hat does not hurt: if J(pi_hat) >= J(pi_theta), so is J of every mixture of the two (lemma 4.1),
-because E_pi[r] is linear in pi and H is concave. One epoch (sec. 5):
+pi_hat does not hurt: if J(pi_hat) >= J(pi_theta), then every mixture of the two has at least
+J(pi_theta), because E_pi[r] is linear in pi and H is concave (lemma 4.1). One epoch (sec. 5):
 
   1. sample: a response to each of 500 prompts from the current policy         (vLLM)
-  2. contrast: pi_plus with pi_0 at every response token, which gives pi_hat    (ZeRO-3 inference)
+  2. contrast: pi_0 and pi_plus read every response; together they give pi_hat  (ZeRO-3 inference)
   3. fit pi_theta to pi_hat with soft labels: dL/dlogits = (pi_theta - pi_hat) / N      (ZeRO-3)
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.  Temperature 1 and top_p 1: the loss is an expectation
-under the policy. 16 samples an optimizer step: the paper's micro-batch of 2 on 8 GPUs. N: response
-tokens of the whole optimizer step, over micro-batches and ranks. AdamW without weight decay, at a
-constant rate, gradients clipped at norm 1. Labels over the whole vocabulary. The end token is
-fitted where the model ended its response; a response cut at the limit has none. pi_0 and pi_plus
-stay as they were at the start: the current policy as its own teacher is no option here, because it
-amplifies its own drift (in a small test world, from 67 % good answers to none in six epochs).
+under the policy. 16 samples an optimizer step: the paper's micro-batch of 2 on 8 GPUs. t runs over
+the N response tokens of the whole optimizer step, of all micro-batches and ranks. AdamW without
+weight decay, at a constant rate, gradients clipped at norm 1. Labels over the whole vocabulary. The
+end token is fitted where the model ended its response; a response cut at the limit has none. pi_0
+and pi_plus stay as they were at the start: the current policy as its own teacher is no option here,
+because it amplifies its own drift (in a small test world, 67 % good answers after one epoch and
+none after six).
 
 RUN
   ./run.sh                                       a tiny world on any machine: minutes, no download
@@ -83,8 +84,8 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that says what to change."""
 
 
-def check(fine: object, message: str) -> None:
-    if not fine:
+def check(ok: object, message: str) -> None:
+    if not ok:
         raise UserError(message)
 
 
@@ -106,11 +107,11 @@ class Config:
     positive_model: str | None = option(None, "pi_plus if not pi_0: an aligned model (sec. 5).")
     negative_model: str | None = option(None, "pi_0 if not --model: its SFT model (sec. 5).")
     alpha: float = option(1.4, "Contrast: 0 is pi_0, 1 pi_plus, beyond extrapolates (sec. 5).")
-    plausibility: float = option(0.0, "Cut at this share of pi_plus's top token (our choice: off).")
+    plausibility: float = option(0.0, "Drop tokens under this share of pi_plus's top (ours: off).")
     epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
     samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
     batch_size: int = option(16, "Samples of an optimizer step over all ranks (our choice).")
-    micro_batch_tokens: int = option(8192, "Padded tokens of a forward on a rank (our choice).")
+    micro_batch_tokens: int = option(8192, "Padded tokens of a forward of the policy (ours).")
     learning_rate: float = option(1e-6, "Of AdamW (sec. 5), constant (our choice).")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
     max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle (our choice).")
@@ -123,7 +124,7 @@ class Config:
         "DeepSpeed's own settings: ZeRO-3, offload, clipping, monitors (our choice).",
     )
     output_dir: str = option("out", "Folder for all that is written.")
-    seed: int = option(0, "Of prompt order and sampling, on any number of ranks (our choice).")
+    seed: int = option(0, "Of prompt order and sampling (our choice).")
 
     def __post_init__(self) -> None:
         self.negative_model = self.negative_model or self.model
@@ -144,12 +145,12 @@ class Config:
 def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2).
 
-    z_0, z_plus: logits or log-probabilities of pi_0 and pi_plus, [..., V] (Z absorbs the constant
-    per row that they differ by). Returns log pi_hat, [..., V], in nats.
+    z_0, z_plus: logits of pi_0 and pi_plus, [..., V], or log-probabilities: Z absorbs what they
+    differ by, a constant per row. Returns log pi_hat, [..., V], in nats.
 
     With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0: alpha
     above 1 also lifts what both models find absurd, and this is the known remedy (contrastive
-    decoding, Li et al. 2023). Their log is the lowest finite number, so that 0 log 0 = 0.
+    decoding, Li et al. 2023). Their log is the lowest finite number, not -inf: 0 log 0 is 0.
     """
     z_hat = torch.lerp(z_0, z_plus, alpha)
     if plausibility > 0:
@@ -168,9 +169,9 @@ def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: flo
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for matrices of one type; float32 where they are bfloat16, whose numbers between 16 and
-    32 lie 0.125 apart: too far for logits, of which alpha multiplies a difference."""
-    if a.dtype != torch.bfloat16:
+    """a @ b for matrices of one type, in float32 if they are bfloat16: that knows only steps of
+    0.125 between 16 and 32, too coarse for logits, whose differences alpha multiplies."""
+    if torch.finfo(a.dtype).bits >= 32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
@@ -181,29 +182,29 @@ def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return z if bias is None else z + bias
 
 
-def soft_label_loss(h: Tensor, weight: Tensor, bias: Tensor | None, log_pi_hat, chunk: int = 512):
+def soft_label_loss(h: Tensor, weight: Tensor, bias: Tensor | None, labels, chunk: int = 512):
     """Output layer and soft-label cross-entropy in one pass (sec. 4.1).
 
-    h: the policy's final hidden states where a response token is predicted, [T, d]; weight [V, d]
-    and bias [V] or None: its output layer; log_pi_hat(rows): soft labels of a slice of the T
-    tokens, [t, V]. Returns two *sums* over the tokens, in nats: H(pi_hat, pi_theta), which has a
+    h: the policy's final hidden states at the positions that predict response tokens, [T, d];
+    weight [V, d] and bias [V] or None: its output layer; labels(rows): log pi_hat of a slice of the
+    T tokens, [t, V]. Returns two *sums* over the tokens, in nats: H(pi_hat, pi_theta), which has a
     gradient and wants dividing by N, and H(pi_hat). Their difference is KL(pi_hat || pi_theta).
 
     The gradient has a closed form, so it is made together with the loss, `chunk` tokens at a time:
     no [T, V] tensor outlives its chunk, and peak memory does not grow with T x V.
     """
-    return _SoftLabelLoss.apply(h, weight, bias, log_pi_hat, chunk)
+    return _SoftLabelLoss.apply(h, weight, bias, labels, chunk)
 
 
 class _SoftLabelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, log_pi_hat, chunk):
+    def forward(ctx, h, weight, bias, labels, chunk):
         wide = torch.promote_types(h.dtype, torch.float32)
-        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)
+        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)  # [T, d], [V, d]
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         sums = h.new_zeros(2, dtype=torch.float64)
         for rows in (slice(start, start + chunk) for start in range(0, len(h), chunk)):
-            log_p = log_pi_hat(rows)  # [t, V], t <= chunk
+            log_p = labels(rows)  # [t, V], t <= chunk
             p = log_p.exp()
             z = logits(h[rows], weight, bias)  # [t, V]
             log_norm = z.logsumexp(-1, keepdim=True)  # [t, 1]
@@ -215,11 +216,10 @@ class _SoftLabelLoss(torch.autograd.Function):
             g = g.to(h.dtype)
             dh[rows] = matmul(g, weight)
             dweight += matmul(g.t(), h[rows])
-        ctx.save_for_backward(
-            dh, dweight.to(weight.dtype), None if bias is None else dbias.to(bias)
-        )
-        ctx.mark_non_differentiable(sums[1])
-        return sums[0].clone(), sums[1]
+        ctx.save_for_backward(dh, dweight.to(weight), None if bias is None else dbias.to(bias))
+        cross_entropy, entropy = sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(entropy)
+        return cross_entropy, entropy
 
     @staticmethod
     def backward(ctx, scale, _):
@@ -232,25 +232,26 @@ Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content":
 
 
 def data_files(data: str) -> Iterator[Path]:
-    """The files of --data; those of a hub data set are downloaded, once."""
+    """The files of --data. Those of a hub data set, owner/name or owner/name/folder, are its
+    *train*.json, .jsonl, .gz or .xz, downloaded once."""
     from huggingface_hub import snapshot_download
 
     for name in map(str.strip, data.split(",")):
-        owner, repo, folder = [*name.split("/", 2), "", ""][:3]
         if Path(name).is_file():
             yield Path(name)
             continue
-        hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name) and not re.search(
-            r"\.(jsonl?|gz|xz)$", name
-        )
-        check(hub, f"--data {name}: no such file")
+        owner, repo, folder = [*name.split("/", 2), "", ""][:3]
+        is_hub = repo and not name.endswith((".json", ".jsonl", ".gz", ".xz"))
+        check(is_hub, f"--data {name}: no such file")
+        train = f"{folder}/*train*.json*" if folder else "*train*.json*"
         try:
-            train = f"{folder}*train*.json*"
             root = snapshot_download(f"{owner}/{repo}", repo_type="dataset", allow_patterns=train)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--data {name}: no such file or hub data set ({reason})") from error
-        yield from sorted(Path(root, folder).rglob("*train*.json*"))
+        files = sorted(Path(root, folder).rglob("*train*.json*"))
+        check(files, f"--data {name}: this hub data set has no train file in .json or .jsonl")
+        yield from files
 
 
 def parse(text: str, place: object) -> object:
@@ -262,24 +263,27 @@ def parse(text: str, place: object) -> object:
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, record) of every line of a .jsonl file or item of the list in a .json file."""
-    with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rt") as file:
-        if ".json" in path.suffixes:
-            items = enumerate(parse(file.read(), path), 1)
-            yield from ((f"{path}, item {n}", item) for n, item in items)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "rt", encoding="utf-8") as file:
+        if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".json"):
+            items = parse(file.read(), path)
+            yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
         else:
             lines = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1))
             yield from ((place, parse(line, place)) for place, line in lines if line.strip())
 
 
-def messages_of(text: str | list[Message]) -> list[Message]:
-    """Turns of a conversation given as messages, as HH text, or as the text of one user turn."""
-    if isinstance(text, list):
-        return [{"role": m["role"], "content": m["content"].strip()} for m in text]
-    if not text.lstrip().startswith("Human:"):
-        return [{"role": "user", "content": text.strip()}]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", text)
-    turns = zip(parts[::2], parts[1::2], strict=True)
+def messages_of(conversation: str | list[Message]) -> list[Message]:
+    """Its turns, given as messages, as HH text, or as the text of one user turn."""
+    roles = {role: role for role in ("system", "user", "assistant")}
+    roles |= {"Human": "user", "Assistant": "assistant"}
+    if isinstance(conversation, list):
+        turns = [(m["role"], m["content"]) for m in conversation]
+    elif conversation.lstrip().startswith("Human:"):
+        _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", conversation)
+        turns = zip(parts[::2], parts[1::2], strict=True)
+    else:
+        turns = [("user", conversation)]
     return [{"role": roles[role], "content": content.strip()} for role, content in turns]
 
 
@@ -295,20 +299,20 @@ def prompt_of(record: dict) -> list[Message]:
     else:
         pairs = zip(messages_of(record["chosen"]), messages_of(record["rejected"]), strict=False)
         turns = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    while turns and turns[-1]["role"] != "user":
-        turns.pop()
     prompt: list[Message] = []
     for turn in filter(lambda turn: turn["content"], turns):
         if prompt and prompt[-1]["role"] == turn["role"]:  # templates want roles to alternate
             turn = {**turn, "content": f"{prompt.pop()['content']}\n\n{turn['content']}"}
         if turn["role"] != "assistant" or any(m["role"] == "user" for m in prompt):
             prompt.append(turn)
-    return prompt if prompt and prompt[-1]["role"] == "user" else []
+    while prompt and prompt[-1]["role"] != "user":
+        prompt.pop()
+    return prompt
 
 
 def load_prompts(cfg: Config, chat: "Chat") -> tuple[list[list[Message]], dict[str, int]]:
     """Distinct prompts of --data that fit, and how many records were left out, by reason."""
-    seen, kept = set(), []
+    kept: dict[str, list[Message]] = {}
     left_out = {"without a prompt": 0, "duplicate": 0, "too long": 0}
     for place, record in itertools.chain.from_iterable(map(read_records, data_files(cfg.data))):
         try:
@@ -316,15 +320,15 @@ def load_prompts(cfg: Config, chat: "Chat") -> tuple[list[list[Message]], dict[s
         except (KeyError, TypeError, AttributeError) as error:
             fields = "'prompt', 'messages', or 'chosen' and 'rejected', as text or messages"
             raise UserError(f"{place}: a record needs {fields} ({error!r})") from error
-        if not messages or (key := json.dumps(messages)) in seen:
-            left_out["duplicate" if messages else "without a prompt"] += 1
-            continue
-        seen.add(key)
-        if fitting := chat.fit(messages, cfg.max_prompt_tokens):
-            kept.append(fitting)
-        left_out["too long"] += not fitting
+        if fitting := messages and chat.shorten(messages, cfg.max_prompt_tokens):
+            if (key := json.dumps(fitting)) not in kept:
+                kept[key] = fitting
+            else:
+                left_out["duplicate"] += 1
+        else:
+            left_out["too long" if messages else "without a prompt"] += 1
     check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
-    return kept, left_out
+    return list(kept.values()), left_out
 
 
 def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
@@ -352,27 +356,36 @@ class Chat:
 
     The two contexts of a sample differ by the principle alone. It is appended to the system text
     that pi_0 sees, be it the prompt's own or one that the template puts there by itself; it is the
-    system message where there is none; it opens the first user turn where a template refuses one.
+    system message where there is none. Where a template has no place for system messages, they
+    open the first user turn.
     """
 
     def __init__(self, tokenizer, principle: str | None):
         self.tokenizer, self.principle = tokenizer, principle
+        self.has_system, self.default_system = True, ""
+        self.format = "the tokenizer's" if tokenizer.chat_template else "Vicuna's, for want of one"
         tokenizer.chat_template = tokenizer.chat_template or VICUNA_TEMPLATE
         # What the template does with a system message is read off what it renders.
         system, user = {"role": "system", "content": "<<S>>"}, {"role": "user", "content": "q"}
-        before, self.has_system, after = self.render([system, user]).partition("<<S>>")
-        plain, self.default_system = self.render([user]), ""
-        if self.has_system and plain.startswith(before) and plain[len(before) :].endswith(after):
+        plain, (before, found, after) = (
+            self.render([user]),
+            self.render([system, user]).partition("<<S>>"),
+        )
+        check(plain, "the chat template of --model does not accept a lone user turn")
+        self.has_system = bool(found)
+        if found and plain.startswith(before) and plain[len(before) :].endswith(after):
             self.default_system = plain[len(before) : len(plain) - len(after)]
 
     def render(self, messages: list[Message]) -> str:
         """Text of the context, up to where the response begins; "" if the template refuses it."""
         import jinja2
 
+        if messages[0]["role"] == "system" and not self.has_system:
+            system, first, *rest = messages
+            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        template = self.tokenizer.apply_chat_template
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
+            return template(messages, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError:
             return ""
 
@@ -384,25 +397,23 @@ class Chat:
         """The same conversation with the principle: the context of pi_plus."""
         if self.principle is None:
             return messages
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
         first, *rest = messages
-        if not self.has_system:
-            return [{**first, "content": f"{self.principle}\n\n{first['content']}"}, *rest]
-        if first["role"] != "system":
-            first, rest = {"role": "system", "content": self.default_system}, messages
         return [{**first, "content": f"{first['content']} {self.principle}".lstrip()}, *rest]
 
-    def fit(self, messages: list[Message], limit: int) -> list[Message] | None:
+    def shorten(self, messages: list[Message], limit: int) -> list[Message]:
         """The conversation without its oldest turns, as many as must go for it to fit in `limit`
-        tokens with the principle; None if its last turn alone does not."""
+        tokens with the principle; [] if its last turn alone does not."""
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system) :]
         while turns and not 0 < len(self.ids(self.with_principle(system + turns))) <= limit:
             turns = turns[2:]  # a user turn and its answer: roles alternate
-        return system + turns if turns else None
+        return turns and system + turns
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
-# One process per GPU, all running this file. No collective stands behind `if dist.get_rank() == 0`.
+# One process per GPU, all running this file. Collectives run on all of them or none.
 
 
 def say(text: str) -> None:
@@ -453,8 +464,8 @@ class Sampler:
             seed=cfg.seed,
             max_model_len=length,
             max_num_batched_tokens=max(8192, length),
-            enable_chunked_prefill=False,  # with it, seeded requests fail on CPU in vLLM 0.32.0
-            distributed_executor_backend="external_launcher",  # in this process, on its own GPU
+            enable_chunked_prefill=gpu,  # with it, seeded requests fail on a CPU in vLLM 0.32.0
+            distributed_executor_backend="external_launcher",  # this process is the worker
             enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU compiling costs more
             enable_sleep_mode=gpu,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
@@ -464,7 +475,7 @@ class Sampler:
 
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Wake with the weights of the policy: (name, whole tensor) of each, in layer order."""
-        torch.cuda.empty_cache()  # what training freed is PyTorch's still, and vLLM needs it
+        torch.cuda.empty_cache()  # PyTorch keeps what training freed, and vLLM needs it
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.wake_up(tags=["kv_cache"])
@@ -473,8 +484,8 @@ class Sampler:
     def sample(self, epoch: int, prompts: list[list[Message]]) -> list[Sample]:
         """A response to every prompt of the epoch (sec. 5), on every rank; then sleep.
 
-        Each rank answers its share. Prompts and seeds follow from (seed, epoch, index), so that
-        the number of ranks does not change what is sampled.
+        Each rank answers its share. Prompts and seeds follow from (seed, epoch, index), not from
+        the number of ranks.
         """
         from vllm import SamplingParams
 
@@ -501,9 +512,9 @@ class Sampler:
 def pack(contexts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, Tensor]:
     """A batch of sequences context + response: ids [B, L] and rows [T].
 
-    rows are the positions in the flattened [B * L] from which the response tokens are predicted:
-    each one before its token, so that the last token is no input. Padding is on the right, where a
-    causal model does not look: it takes no attention mask, and any id will do.
+    rows are positions in the flattened [B * L]: those that predict the response tokens, each the
+    one before its token, so that the last token is never an input. Padding is on the right, where
+    a causal model does not look: it takes no attention mask, and any id will do.
     """
     inputs = [(c + r)[:-1] for c, r in zip(contexts, responses, strict=True)] or [[0]]
     length = max(map(len, inputs))
@@ -514,7 +525,7 @@ def pack(contexts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor,
 
 
 def final_states(body: nn.Module, contexts, responses) -> Tensor:
-    """Final hidden states from which the response tokens are predicted, [T, d]."""
+    """Final hidden states at the positions that predict the response tokens, [T, d]."""
     device = next(body.parameters()).device
     ids, rows = (part.to(device) for part in pack(contexts, responses))
     return body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows]
@@ -530,7 +541,11 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
 
     zero3 = Zero3()
     set_hf_deepspeed_config(zero3)  # weakly: from_pretrained shards as long as this name lives
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, cfg.dtype))
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, cfg.dtype))
+    for module in model.modules():  # DeepSpeed's zero.Init makes the frequencies bfloat16: radians
+        if "RotaryEmbedding" in type(module).__name__:  # off at position 1000. Computed anew:
+            model._init_weights(module.float())
+    return model
 
 
 class SuperiorPolicy:
@@ -542,6 +557,8 @@ class SuperiorPolicy:
         import deepspeed
 
         self.cfg, self.frozen = cfg, []  # (body, (weight, bias)) of pi_0, and of pi_plus if another
+        monitors = {"tensorboard", "wandb", "csv_monitor", "comet"}  # of the policy alone
+        ds_config = {key: value for key, value in ds_config.items() if key not in monitors}
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
             body = model.base_model.requires_grad_(False).eval()
@@ -553,27 +570,29 @@ class SuperiorPolicy:
 
     @torch.no_grad()
     def __call__(self, samples: list[Sample]) -> Callable[[slice], Tensor]:
-        """Soft labels for soft_label_loss(): a function of rows of the T response tokens that
-        returns log pi_hat [t, V]. It keeps [T, d] alone, float32: alpha multiplies a difference."""
+        """The labels of soft_label_loss(): a function from a slice of the T response tokens to
+        log pi_hat [t, V]. It keeps hidden states, [T, d], never [T, V]; they are float32, because
+        alpha multiplies their difference, until the output layer."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain, shown = [s.prompt_ids for s in samples], [s.principle_prompt_ids for s in samples]
         y, alpha = [s.response_ids for s in samples], self.cfg.alpha
-        if body_0 is body_plus:  # both contexts in one batch: the shards are gathered once
-            h_0, h_plus = final_states(body_0, plain + shown, y + y).float().unflatten(0, (2, -1))
+        if body_0 is body_plus:  # both contexts in one batch, so that shards are gathered once
+            h = final_states(body_0, plain + shown, y + y)  # [2 T, d]
+            h_0, h_plus = h.float().unflatten(0, (2, -1))
         else:
             h_0 = final_states(body_0, plain, y).float()
             h_plus = final_states(body_plus, shown, y).float()
-        if body_0 is body_plus and self.cfg.plausibility == 0:
-            # The output layer is linear, z = W h + b, so that extrapolated hidden states save one
-            # of two products: z_0 + alpha (z_plus - z_0) = W h_hat + b.
-            h_hat = torch.lerp(h_0, h_plus, alpha)
-            return lambda rows: logits(h_hat[rows], *head_0).log_softmax(-1)
 
-        def log_pi_hat(rows: slice) -> Tensor:
+        def labels(rows: slice) -> Tensor:
+            if body_0 is body_plus and self.cfg.plausibility == 0:
+                # One product instead of two, because the output layer is linear, z = W h + b:
+                # z_0 + alpha (z_plus - z_0) = W h_hat + b with h_hat = h_0 + alpha (h_plus - h_0).
+                h_hat = torch.lerp(h_0[rows], h_plus[rows], alpha)
+                return logits(h_hat, *head_0).log_softmax(-1)
             z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
             return superior_policy(z_0, z_plus, alpha, self.cfg.plausibility)
 
-        return log_pi_hat
+        return labels
 
 
 # ---------------------------------------------------------------------------------------- Policy --
@@ -607,10 +626,8 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     import deepspeed
 
-    layer = functools.partial(
-        re.match, r"(.*?\.\d+\.)?"
-    )  # "model.layers.0.", or "" outside of them
-    for _, group in itertools.groupby(model.named_parameters(), lambda named: layer(named[0])[0]):
+    layer = re.compile(r"(.*?\.\d+\.)?")  # "model.layers.0.", or "" outside of the layers
+    for _, group in itertools.groupby(model.named_parameters(), lambda p: layer.match(p[0])[0]):
         parameters = dict(group)
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             yield from ((name, parameter.data) for name, parameter in parameters.items())
@@ -620,9 +637,9 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths.
 
     Sequences of like length share a micro-batch of at most `budget` tokens, padding included (a
-    longer sequence has one to itself). Each is a collective under ZeRO-3, so every rank gets the
-    same number, some perhaps empty; and the largest is as small as that number allows, so that the
-    ranks have nearly equal work.
+    longer sequence has one to itself). A forward is a collective under ZeRO-3, so every rank gets
+    the same number, some perhaps empty; and the largest is as small as that number allows, so that
+    the ranks have nearly equal work.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
@@ -636,6 +653,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
         return batches
 
     steps = -(-len(split(budget)) // ranks)
+    # The smallest cap that takes no more micro-batches: their number falls as the cap grows.
     cap = bisect.bisect_left(range(budget), -steps * ranks, key=lambda cap: -len(split(cap)))
     batches = split(cap)
     batches += [[]] * (steps * ranks - len(batches))
@@ -646,7 +664,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
 
 def deepspeed_config(cfg: Config) -> dict:
-    """--ds_config, with what the command line owns filled in; a file that repeats it is refused."""
+    """--ds_config with what the command line owns filled in; a file that differs is refused."""
     owned = {
         "train_batch_size": dist.get_world_size(),  # these two are nominal: deal() makes the
         "train_micro_batch_size_per_gpu": 1,  # micro-batches, and step() ends an accumulation
@@ -659,32 +677,33 @@ def deepspeed_config(cfg: Config) -> dict:
     check(Path(cfg.ds_config).is_file(), f"{file}: no such file")
     config = parse(Path(cfg.ds_config).read_text(), file)
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
-        fine = config.get(key, "auto") in ("auto", owned.get(key))
-        check(fine, f"{file}: remove {key!r}, inverse_q.py sets it")
+        ok = config.get(key, "auto") in ("auto", owned.get(key))
+        check(ok, f"{file}: remove {key!r}, inverse_q.py sets it")
     check(config.get("zero_optimization", {}).get("stage") == 3, f"{file}: set ZeRO stage 3")
     return {**config, **owned}
 
 
 def load_tokenizer(cfg: Config):
-    """The policy's tokenizer, if the models' configurations allow the run: before weights load."""
+    """The policy's tokenizer, after the checks on the models that need no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    found = {}
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
-        config = AutoConfig.from_pretrained(name)
-        same = AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
-        same = same and config.vocab_size == AutoConfig.from_pretrained(cfg.model).vocab_size
-        check(same, f"{name}: its vocabulary is not that of {cfg.model}, as it has to be")
-        positions, length = (
-            config.max_position_embeddings,
-            cfg.max_prompt_tokens + cfg.max_new_tokens,
-        )
-        message = f"{name}: --max_prompt_tokens + --max_new_tokens are {length}, its positions"
-        check(length <= positions, f"{message} only {positions}")
+        try:
+            config = AutoConfig.from_pretrained(name).get_text_config()
+            found[name] = AutoTokenizer.from_pretrained(name), config
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name}: no such model folder or hub id ({reason})") from error
+        need, have = cfg.max_prompt_tokens + cfg.max_new_tokens, config.max_position_embeddings
+        message = f"{name}: --max_prompt_tokens + --max_new_tokens is {need}, its positions are"
+        check(need <= have, f"{message} {have}")
         for scale in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             linear = getattr(config, scale, None) in (None, 1)
             check(linear, f"{name}: {scale} makes its output layer not linear: unsupported")
-    return tokenizer
+        same = [(t.get_vocab(), c.vocab_size) for t, c in (found[cfg.model], found[name])]
+        check(same[0] == same[1], f"{name}: its vocabulary has to be that of {cfg.model}")
+    return found[cfg.model][0]
 
 
 class Output:
@@ -717,13 +736,14 @@ class Output:
             self.monitor.write_events([(f"{kind}/{key}", v, step) for key, v in record.items()])
 
     def weights(self) -> None:
-        """model/ in transformers format; the one before stays whole until the new one is."""
+        """model/ in transformers format, written aside first: a crash leaves no half a model."""
         # Every rank gathers, one keeps.
         weights = {k: w.to("cpu", copy=True) for k, w in whole_weights(self.model) if self.writes}
         if self.writes:
-            generation = self.model.generation_config
-            if generation.temperature is not None or generation.top_p is not None:
-                generation.do_sample = True  # Vicuna's lacks it, and save_pretrained refuses that
+            try:
+                self.model.generation_config.validate(strict=True)
+            except ValueError:  # sampling options without do_sample, as Vicuna's
+                self.model.generation_config.do_sample = True
             folder, new = self.folder / "model", self.folder / "model.new"
             shutil.rmtree(new, ignore_errors=True)
             self.model.save_pretrained(new, state_dict=weights)
@@ -741,7 +761,7 @@ def optimizer_step(engine, superior: SuperiorPolicy, batch: list[Sample], budget
         mine = [batch[i] for i in micro_step[dist.get_rank()]]
         labels = superior(mine)
         cross_entropy, entropy = engine(mine, labels)
-        # L is the sum over ranks, divided by N. DeepSpeed takes their mean, hence times ranks.
+        # L = (sum over all ranks) / N, but DeepSpeed averages over ranks: hence ranks / N.
         engine.backward(cross_entropy * (ranks / tokens))
         sums += torch.stack([cross_entropy.detach(), entropy])
     engine.step()
@@ -757,6 +777,8 @@ def train(cfg: Config) -> None:
     import deepspeed
     from tqdm import tqdm
 
+    ran = Path(cfg.output_dir, "metrics.jsonl").exists()
+    check(not ran, f"--output_dir {cfg.output_dir}: holds a run already, choose another")
     ds_config, tokenizer = deepspeed_config(cfg), load_tokenizer(cfg)
     chat = Chat(tokenizer, cfg.principle)
     prompts, left_out = load_prompts(cfg, chat)
@@ -765,6 +787,7 @@ def train(cfg: Config) -> None:
   policy     {cfg.model}
   contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}
   principle  {cfg.principle}
+  template   {chat.format}
   prompts    {len(prompts)} of {cfg.data}; left out: {left_out}
   epochs     {cfg.epochs} of {n} samples in {-(-n // size)} optimizer steps
   output     {cfg.output_dir}""")
@@ -804,13 +827,11 @@ def train(cfg: Config) -> None:
         record |= {"samples": n, "tokens": tokens, "response_tokens_mean": tokens / n}
         record |= {"truncated": sum(s.finish_reason == "length" for s in samples) / n}
         record |= {"sample_seconds": sample, "train_seconds": fit, "sync_seconds": sync}
-        speeds = {
-            "sample_tokens_per_second": tokens / sample,
-            "train_tokens_per_second": tokens / fit,
-        }
+        for phase in ("sample", "train"):
+            record[f"{phase}_tokens_per_second"] = tokens / record[f"{phase}_seconds"]
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peaks = gather([torch.cuda.max_memory_allocated() or rss])
-        record |= {**speeds, "peak_memory_gib": max(peaks) / 2**30}
+        record["peak_memory_gib"] = max(peaks) / 2**30
         output.metrics("epoch", epoch, step, record)
         say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
         output.weights()
@@ -826,7 +847,8 @@ def main() -> None:
     parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
     (cfg,) = parser.parse_args_into_dataclasses(arguments)
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # three libraries that talk much
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else .bin weights ask the hub
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # three noisy libraries
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

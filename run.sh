@@ -41,6 +41,7 @@ elif [ $# -gt 0 ]; then
 fi
 
 out=${OUT:-out/tiny-world}
+rm -rf "$out/run"
 echo "1. A tiny chat model that answers well when it is shown a principle, and often not without"
 python "$here/test_inverse_q.py" world "$out"
 echo "2. Inverse-Q*: the model learns to do without the principle, and better than with it"

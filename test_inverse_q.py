@@ -362,6 +362,7 @@ def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility
     expected_gradients = torch.autograd.grad(expected[0] * 0.37, inputs)
     loss = q.soft_label_loss(h, weight, b, lambda rows: labels[rows], chunk)
     torch.testing.assert_close(torch.stack(loss), torch.stack(expected), rtol=1e-12, atol=1e-12)
+    assert not loss[1].requires_grad
     for g, e in zip(torch.autograd.grad(loss[0] * 0.37, inputs), expected_gradients, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-13)
 
@@ -533,6 +534,7 @@ def assistant(text):
          [{"role": "system", "content": "s"}, user("a")]),
         ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
         ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
+        ({"messages": [user("a"), assistant("b"), user(" ")]}, [user("a")]),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
          [user("a")]),
         ({"prompt": "a", "chosen": hh("x", "y"), "rejected": hh("x", "z")}, [user("a")]),
@@ -553,7 +555,7 @@ def write(path, text):
 
 
 def load(data, chat=None, limit=10**6, **changes):
-    chat = chat or types.SimpleNamespace(fit=lambda messages, limit: messages)
+    chat = chat or types.SimpleNamespace(shorten=lambda messages, limit: messages)
     return q.load_prompts(q.Config("m", data=data, max_prompt_tokens=limit, **changes), chat)
 
 
@@ -582,6 +584,7 @@ def test_what_yields_no_prompt_is_counted(tmp_path):
         ("[1, 2]\n", "a.jsonl, line 1: a record needs"),
         ('{"prompt": 7}\n', "a.jsonl, line 1: a record needs"),
         ('{"messages": [{"from": "human", "value": "x"}]}\n', "a.jsonl, line 1: a record needs"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "a.jsonl, line 1: a record needs"),
         ('{"prompt": ""}\n', "no prompt to use"),
     ],
 )
@@ -743,6 +746,14 @@ def test_a_prompts_own_system_text_comes_before_the_principle(tokenizer):
         assert "Own." in chat.render(turns) and "You are Q." not in chat.render(turns)
 
 
+def test_a_system_text_without_a_place_opens_the_first_user_turn(tokenizer):
+    turns = [{"role": "system", "content": "Own."}, user("q"), assistant("a"), user("r")]
+    for template in (REFUSES_SYSTEM, IGNORES_SYSTEM):
+        chat = chat_of(tokenizer, template)
+        assert "<user>Own.\n\nq<" in chat.render(turns)
+        assert "<user>Own. PRINCIPLE.\n\nq<" in chat.render(chat.with_principle(turns))
+
+
 def test_no_principle_no_difference(tokenizer):
     chat = chat_of(tokenizer, DEFAULT_SYSTEM, None)
     assert chat.with_principle([user("q")]) == [user("q")]
@@ -752,15 +763,23 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     chat = chat_of(tokenizer, None)
     turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
     whole = len(chat.ids(chat.with_principle(turns)))
-    assert chat.fit(turns, whole) == turns
-    assert chat.fit(turns, whole - 1) == turns[2:]
+    assert chat.shorten(turns, whole) == turns
+    assert chat.shorten(turns, whole - 1) == turns[2:]
     last = len(chat.ids(chat.with_principle(turns[4:])))
-    assert chat.fit(turns, last) == turns[4:]
-    assert "PRINCIPLE." in chat.render(chat.with_principle(chat.fit(turns, last)))
-    assert chat.fit(turns, last - 1) is None
+    assert chat.shorten(turns, last) == turns[4:]
+    assert "PRINCIPLE." in chat.render(chat.with_principle(chat.shorten(turns, last)))
+    assert chat.shorten(turns, last - 1) == []
     with_system = [{"role": "system", "content": "Own."}, *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
-    assert chat.fit(with_system, limit) == [with_system[0], turns[4]]
+    assert chat.shorten(with_system, limit) == [with_system[0], turns[4]]
+
+
+def test_prompts_that_are_equal_once_shortened_count_once(tokenizer, tmp_path):
+    turns = [user("x" * 300), assistant("y"), user("last")]
+    text = "".join(json.dumps({"messages": m}) + "\n" for m in (turns, turns[2:]))
+    data = write(tmp_path / "a.jsonl", text)
+    prompts, left_out = load(data, chat_of(tokenizer, CHAT_TEMPLATE), 100)
+    assert prompts == [[user("last")]] and left_out["duplicate"] == 1
 
 
 def test_too_long_is_counted(tokenizer, tmp_path):
@@ -1110,6 +1129,7 @@ def test_user_errors_are_one_line_and_code_2(toy, tmp_path):
     (tmp_path / "other" / "tokenizer.json").write_text(
         vocabulary.replace('"<|user|>"', '"<|you|>"')
     )
+    (toy / "metrics.jsonl").touch()
     ds = json.loads((HERE / "ds_config.json").read_text())
     (tmp_path / "batch.json").write_text(json.dumps({**ds, "train_batch_size": 64}))
     (tmp_path / "stage.json").write_text(json.dumps({**ds, "zero_optimization": {"stage": 2}}))
@@ -1121,6 +1141,8 @@ def test_user_errors_are_one_line_and_code_2(toy, tmp_path):
         (("--max_prompt_tokens", 5), "no prompt to use"),
         (("--data", tmp_path / "nothing.jsonl"), "no such file"),
         (("--max_new_tokens", 5000), "positions"),
+        (("--output_dir", toy), "holds a run already"),
+        (("--model", tmp_path / "none"), "no such model folder or hub id"),
     ]
     for options, message in cases:
         result = launch(2, "--model", toy / "a", "--data", toy / "data.jsonl", "--max_new_tokens",
@@ -1129,6 +1151,26 @@ def test_user_errors_are_one_line_and_code_2(toy, tmp_path):
         lines = [x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: ")]
         assert len(lines) == 1 and message in lines[0], (options, lines)
         assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(toy):
+    """zero.Init makes every float tensor bfloat16, and these are off by radians then."""
+    code = """
+import json, os, sys, torch, deepspeed, inverse_q as q
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+deepspeed.init_distributed("gloo")
+cfg = q.Config(sys.argv[1])
+model = q.load_model(cfg.model, cfg, q.deepspeed_config(cfg))
+print(model.lm_head.weight.dtype, json.dumps(model.model.rotary_emb.inv_freq.tolist()))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, toy / "a"], capture_output=True, text=True, cwd=HERE
+    )
+    line = next((x for x in run.stdout.splitlines() if x.startswith("torch.bfloat16")), None)
+    assert line, run.stderr[-3000:]
+    expected = make_llama().model.rotary_emb.inv_freq
+    assert torch.equal(torch.tensor(json.loads(line.partition(" ")[2])), expected)
 
 
 def test_help_names_every_option_and_its_source():
