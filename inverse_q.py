@@ -129,13 +129,8 @@ class Config:
     def __post_init__(self) -> None:
         self.negative_model = self.negative_model or self.model
         self.positive_model = self.positive_model or self.negative_model
-        if self.principle is None and self.one_model:
+        if self.principle is None and self.positive_model == self.negative_model:
             self.principle = PRINCIPLE
-
-    @property
-    def one_model(self) -> bool:
-        """pi_plus is pi_0 shown the principle, not another model."""
-        return self.positive_model == self.negative_model
 
 
 # -------------------------------------------------------------------------------------- The core --
@@ -146,7 +141,7 @@ def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: flo
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2).
 
     z_0, z_plus: logits of pi_0 and pi_plus, [..., V], or log-probabilities: Z absorbs what they
-    differ by, a constant per row. Returns log pi_hat, [..., V], in nats.
+    differ by, a constant per row. Not in bfloat16, see matmul. Returns log pi_hat, [..., V], nats.
 
     With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0: alpha
     above 1 also lifts what both models find absurd, and this is the known remedy (contrastive
@@ -367,10 +362,8 @@ class Chat:
         tokenizer.chat_template = tokenizer.chat_template or VICUNA_TEMPLATE
         # What the template does with a system message is read off what it renders.
         system, user = {"role": "system", "content": "<<S>>"}, {"role": "user", "content": "q"}
-        plain, (before, found, after) = (
-            self.render([user]),
-            self.render([system, user]).partition("<<S>>"),
-        )
+        plain = self.render([user])
+        before, found, after = self.render([system, user]).partition("<<S>>")
         check(plain, "the chat template of --model does not accept a lone user turn")
         self.has_system = bool(found)
         if found and plain.startswith(before) and plain[len(before) :].endswith(after):
