@@ -765,6 +765,22 @@ def optimizer_step(engine, superior: SuperiorPolicy, batch: list[Sample], budget
     return {**record, "samples": len(batch), "tokens": tokens}
 
 
+def epoch_record(samples: list[Sample], records: list[dict], clock: list[float]) -> dict:
+    """An epoch's record for metrics.jsonl, from those of its steps and four readings of the clock:
+    before the sync, after it, after sampling, after fitting."""
+    n, tokens = len(samples), sum(r["tokens"] for r in records)
+    record = {k: sum(r[k] * r["tokens"] for r in records) / tokens for k in ("loss", "kl")}
+    record |= {"samples": n, "tokens": tokens, "response_tokens_mean": tokens / n}
+    record["truncated"] = sum(s.finish_reason == "length" for s in samples) / n
+    sync, sample, fit = (b - a for a, b in itertools.pairwise(clock))
+    record |= {"sample_seconds": sample, "train_seconds": fit, "sync_seconds": sync}
+    record["sample_tokens_per_second"] = tokens / sample
+    record["train_tokens_per_second"] = tokens / fit
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, on a CPU
+    peaks = gather([torch.cuda.max_memory_allocated() or rss])
+    return {**record, "peak_memory_gib": max(peaks) / 2**30}
+
+
 def train(cfg: Config) -> None:
     """The method: in every epoch sync, sample, contrast and fit, log, save."""
     import deepspeed
@@ -814,17 +830,7 @@ def train(cfg: Config) -> None:
         clock.append(time.perf_counter())
 
         # Log and save.
-        sync, sample, fit = (b - a for a, b in itertools.pairwise(clock))
-        tokens = sum(r["tokens"] for r in records)
-        record = {k: sum(r[k] * r["tokens"] for r in records) / tokens for k in ("loss", "kl")}
-        record |= {"samples": n, "tokens": tokens, "response_tokens_mean": tokens / n}
-        record |= {"truncated": sum(s.finish_reason == "length" for s in samples) / n}
-        record |= {"sample_seconds": sample, "train_seconds": fit, "sync_seconds": sync}
-        for phase in ("sample", "train"):
-            record[f"{phase}_tokens_per_second"] = tokens / record[f"{phase}_seconds"]
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = gather([torch.cuda.max_memory_allocated() or rss])
-        record["peak_memory_gib"] = max(peaks) / 2**30
+        record = epoch_record(samples, records, clock)
         output.metrics("epoch", epoch, step, record)
         say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
         output.weights()

@@ -689,6 +689,10 @@ IN_USER_TURN = (  # Mistral's manner
     "{% else %}{% set s, rest = '', messages %}{% endif %}{% for m in rest %}[{{ m.role }}]"
     "{{ s + '\n' if loop.first and s else '' }}{{ m.content }}{% endfor %}"
 )
+BARE_SYSTEM = (  # nothing before it, and none by default
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% else %}"
+    "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+)
 IGNORES_SYSTEM = (
     "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 )
@@ -727,6 +731,7 @@ def test_vicuna_ids_by_hand(tokenizer):
         (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>"),
         (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\nq"),
         (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq"),
+        (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q"),
     ],
 )
 def test_place_of_the_principle(tokenizer, template, plain, shown):
@@ -752,6 +757,29 @@ def test_a_system_text_without_a_place_opens_the_first_user_turn(tokenizer):
         chat = chat_of(tokenizer, template)
         assert "<user>Own.\n\nq<" in chat.render(turns)
         assert "<user>Own. PRINCIPLE.\n\nq<" in chat.render(chat.with_principle(turns))
+
+
+def test_special_tokens_are_not_added_twice(tokenizer):
+    """As Llama's tokenizer would, which puts <s> before whatever it encodes."""
+    from tokenizers import processors
+
+    chat = chat_of(tokenizer, CHAT_TEMPLATE)
+    chat.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    assert chat.tokenizer("x")["input_ids"][0] == 0  # it does
+    assert chat.ids([user("q")]).count(0) == 1
+
+
+def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
+    def roles(**options):
+        cfg = q.Config("m", **options)
+        return cfg.negative_model, cfg.positive_model, cfg.principle
+
+    assert roles() == ("m", "m", q.PRINCIPLE)
+    assert roles(positive_model="p") == ("m", "p", None)
+    assert roles(negative_model="s") == ("s", "s", q.PRINCIPLE)
+    assert roles(positive_model="p", principle="x") == ("m", "p", "x")
 
 
 def test_no_principle_no_difference(tokenizer):
@@ -837,6 +865,7 @@ def test_labels_equal_the_oracle(two_models, plausibility):
     )
     each = [oracle_labels(pi_0, pi_plus, vars(s), 1.4, plausibility) for s in samples]
     torch.testing.assert_close(got.double().exp(), torch.cat(each).exp(), rtol=1e-3, atol=1e-6)
+    assert not got.requires_grad  # frozen
     assert superior([])(slice(0, 3)).shape == (0, 64)  # a rank without samples
 
 
@@ -846,12 +875,91 @@ def test_prompt_tokens_are_no_labels():
     caught = []
     model.model.norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
     policy = q.Policy(model, checkpointing=False)
-    tokens = sum(len(s.response_ids) for s in samples)
-    loss, _ = policy(samples, lambda rows: some_logits(tokens, 64).log_softmax(-1)[rows])
+    loss, _ = policy(samples, some_labels(samples))
     loss.backward()
     _, rows = q.pack([s.prompt_ids for s in samples], [s.response_ids for s in samples])
     touched = caught[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
     assert touched.tolist() == rows.tolist()
+
+
+def some_labels(samples):
+    tokens = sum(len(s.response_ids) for s in samples)
+    return lambda rows: some_logits(tokens, 64).log_softmax(-1)[rows]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_activation_checkpointing_runs_layers_again_on_the_way_back(on):
+    model, samples, calls = small_llama(0), some_samples(), []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    loss, _ = q.Policy(model, on)(samples, some_labels(samples))
+    loss.backward()
+    assert len(calls) == 1 + on
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(q.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(q.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(q.dist, "all_reduce", lambda _: None)
+    monkeypatch.setattr(q, "gather", list)
+
+
+def test_micro_batches_keep_to_the_budget(one_rank):
+    sizes = []
+
+    class Engine:  # takes samples and notes how large the batch is
+        device, step, backward = "cpu", lambda self: None, lambda self, loss: None
+        get_global_grad_norm, get_lr = lambda self: 0.0, lambda self: [0.0]
+
+        def __call__(self, samples, labels):
+            ids, _ = q.pack([s.prompt_ids for s in samples], [s.response_ids for s in samples])
+            sizes.append(ids.numel())
+            return torch.zeros(2, dtype=torch.float64)
+
+    q.optimizer_step(Engine(), lambda samples: None, some_samples(20), 40)
+    assert len(sizes) > 3 and max(sizes) <= 40
+
+
+def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
+    """Every seed, epoch and sample asks vLLM with a seed of its own."""
+    seeds, sampler = [], q.Sampler.__new__(q.Sampler)
+    ids = (*tokenizer("hi")["input_ids"], tokenizer.eos_token_id)
+    output = types.SimpleNamespace(token_ids=ids, finish_reason="stop")
+
+    def generate(contexts, params, use_tqdm):
+        assert [c["prompt_token_ids"] for c in contexts] == [chat.ids([user(i)]) for i in drawn]
+        seeds.extend(p.seed for p in params)
+        return [types.SimpleNamespace(outputs=[output]) for _ in params]
+
+    sampler.llm = types.SimpleNamespace(generate=generate, sleep=lambda level: None)
+    sampler.chat = chat = chat_of(tokenizer, CHAT_TEMPLATE)
+    for seed, epoch in ((0, 1), (0, 2), (1, 1)):
+        sampler.cfg = q.Config("m", samples_per_epoch=5, seed=seed)
+        drawn = [str(i) for i in q.draw_prompts(5, 5, epoch, seed)]
+        for s in sampler.sample(epoch, [[user(str(i))] for i in range(5)]):
+            assert s.prompt_ids == chat.ids(s.messages)
+            assert s.principle_prompt_ids == chat.ids(chat.with_principle(s.messages))
+            assert s.response == "hi" and s.response_ids == list(ids)
+    assert len(set(seeds)) == 15
+
+
+def test_a_failed_save_leaves_the_last_model_whole(tmp_path, monkeypatch):
+    output = q.Output.__new__(q.Output)
+    output.folder, output.writes, output.model = tmp_path, True, small_llama(0)
+    output.tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: 1 / 0)
+    monkeypatch.setattr(q, "whole_weights", lambda model: model.named_parameters())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "last").touch()
+    with pytest.raises(ZeroDivisionError):
+        output.weights()
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "gradient_accumulation_steps"])
+def test_ds_config_leaves_to_the_command_line_what_is_its(key, tmp_path, one_rank):
+    path = write(tmp_path / "ds.json", json.dumps({"zero_optimization": {"stage": 3}, key: {}}))
+    with pytest.raises(q.UserError, match=f"remove '{key}'"):
+        q.deepspeed_config(q.Config("m", ds_config=path))
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -916,6 +1024,8 @@ def toy(tmp_path_factory):
     for seed, name, changes in ((0, "a", {}), (1, "b", {"num_hidden_layers": 2}),
                                 (2, "tied", {"tie_word_embeddings": True})):  # fmt: skip
         model = make_llama(seed, initializer_range=0.08, vocab_size=len(tokenizer), **changes)
+        if name != "tied":
+            model.lm_head.weight.data[1] *= 4  # EOS now and then
         model.generation_config.temperature = 0.9  # as Vicuna's: a temperature without do_sample
         model.generation_config.do_sample = True
         model.save_pretrained(folder / name)
@@ -977,7 +1087,7 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
     start, end = weights_of(toy / "a"), weights(out)
     moved = sum((end[k] - start[k]).double().square().sum() for k in start).sqrt()
     error = sum((end[k] - w).square().sum() for k, w in policy.state_dict().items()).sqrt()
-    assert error < 2e-3 * moved, (error, moved)
+    assert error < 8e-4 * moved, (error, moved)
 
 
 def weights_of(folder):
@@ -1003,11 +1113,15 @@ def test_one_rank_and_two_ranks_give_the_same_run(toy, run_2, tmp_path):
 
 
 def test_what_a_run_writes_and_says(toy, run_2):
+    from transformers import AutoTokenizer
+
     out, said = run_2
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
     assert config["positive_model"] == str(toy / "a") and config["versions"]["vllm"]
     epochs = metrics(out, "epoch")
+    assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
+    chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE)
     assert list(epochs[0]) == [
         "kind", "epoch", "loss", "kl", "samples", "tokens", "response_tokens_mean",
         "truncated", "sample_seconds", "train_seconds", "sync_seconds", "sample_tokens_per_second",
@@ -1027,6 +1141,9 @@ def test_what_a_run_writes_and_says(toy, run_2):
             ended = s["response_ids"][-1] == 1  # EOS is a label where the model ended it itself
             assert ended == (s["finish_reason"] == "stop")
             assert ended or len(s["response_ids"]) == 24
+            assert s["prompt_ids"] == chat.ids(s["messages"])
+            shown = chat.with_principle(s["messages"])
+            assert s["principle_prompt_ids"] == chat.ids(shown) != s["prompt_ids"]
         record, tokens = epochs[epoch - 1], [len(s["response_ids"]) for s in samples]
         assert record["tokens"] == sum(tokens)
         assert record["response_tokens_mean"] == pytest.approx(sum(tokens) / 7)
@@ -1077,6 +1194,8 @@ def greedy(model, prompt, n):
 def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     """Temperature 0: the second epoch's tokens are those of the weights after the first. With tied
     embeddings, which share one ZeRO-3 parameter."""
+    from transformers import AutoModelForCausalLM
+
     options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3, "--temperature", 0)
     train(toy, tmp_path, 2, *options, model="tied")
     policies = replay(toy / "tied", tmp_path, 1.4, 0.5, 3e-3, 16)
@@ -1085,17 +1204,19 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
         records[0]["grad_norm"], rel=1e-3
     )
     samples = read_jsonl(tmp_path / "samples" / "epoch-002.jsonl")
-    same = [
-        greedy(policy, s["prompt_ids"], len(s["response_ids"])) == s["response_ids"]
-        for s in samples
-    ]
-    assert all(same)
-    from transformers import AutoModelForCausalLM
+
+    @torch.no_grad()
+    def regret(model):
+        """How far under the model's favourite the sampled tokens are at most, in nats."""
+        gaps = []
+        for s in samples:
+            z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
+            chosen = z.gather(-1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+            gaps.append((z.amax(-1) - chosen).max().item())
+        return max(gaps)
 
     base = AutoModelForCausalLM.from_pretrained(toy / "tied")
-    assert any(
-        greedy(base, s["prompt_ids"], len(s["response_ids"])) != s["response_ids"] for s in samples
-    )
+    assert regret(policy) < 0.03 and regret(base) > 0.3, (regret(policy), regret(base))
 
 
 def test_loss_and_kl_at_rate_0_with_two_models_and_one_sample_on_two_ranks(toy, tmp_path):
