@@ -682,12 +682,14 @@ def load_tokenizer(cfg: Config):
 
     found = {}
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
+        known = Path(name).is_dir() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)  # or a hub id
+        check(known, f"{name}: no such model folder or hub id")
         try:
             config = AutoConfig.from_pretrained(name).get_text_config()
             found[name] = AutoTokenizer.from_pretrained(name), config
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{name}: no such model folder or hub id ({reason})") from error
+            raise UserError(f"{name}: not a model that loads ({reason})") from error
         need, have = cfg.max_prompt_tokens + cfg.max_new_tokens, config.max_position_embeddings
         message = f"{name}: --max_prompt_tokens + --max_new_tokens is {need}, its positions are"
         check(need <= have, f"{message} {have}")

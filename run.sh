@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh                 make a tiny world, run Inverse-Q* in it and judge what came out
 # ./run.sh test            run the tests
-# ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs
+# ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or 2 CPU ranks
 # The first call makes .venv from requirements.txt; later ones start at once.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,11 +33,12 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
   echo "$requirements" >"$venv/made-from"
 fi
 export PATH=$venv/bin:$PATH
+ranks=$((gpus > 0 ? gpus : 2))
 
 if [ "${1:-}" = test ]; then
   exec python -m pytest "$here/test_inverse_q.py" "${@:2}"
 elif [ $# -gt 0 ]; then
-  exec deepspeed --num_gpus "$gpus" "$here/inverse_q.py" "$@"
+  exec deepspeed --num_gpus "$ranks" "$here/inverse_q.py" "$@"
 fi
 
 out=${OUT:-out/tiny-world}
@@ -45,7 +46,7 @@ rm -rf "$out/run"
 echo "1. A tiny chat model that answers well when it is shown a principle, and often not without"
 python "$here/test_inverse_q.py" world "$out"
 echo "2. Inverse-Q*: the model learns to do without the principle, and better than with it"
-deepspeed --num_gpus "$((gpus > 0 ? gpus : 2))" "$here/inverse_q.py" \
+deepspeed --num_gpus "$ranks" "$here/inverse_q.py" \
   --model "$out/base" --data "$out/train.jsonl" --principle "$(cat "$out/principle.txt")" \
   --output_dir "$out/run" --dtype float32 --epochs 6 --samples_per_epoch 256 \
   --learning_rate 5e-4 --max_new_tokens 48 --max_prompt_tokens 400

@@ -1294,6 +1294,12 @@ print(model.lm_head.weight.dtype, json.dumps(model.model.rotary_emb.inv_freq.tol
     assert torch.equal(torch.tensor(json.loads(line.partition(" ")[2])), expected)
 
 
+def test_run_sh_passes_options_and_exit_code_on(toy, tmp_path):
+    command = [HERE / "run.sh", "--model", tmp_path / "none", "--data", toy / "data.jsonl"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "none: no such model folder" in result.stdout
+
+
 def test_help_names_every_option_and_its_source():
     out = subprocess.run(
         [sys.executable, HERE / "inverse_q.py", "--help"], capture_output=True, text=True
