@@ -85,11 +85,13 @@ class UserError(Exception):
 
 
 def check(ok: object, message: str) -> None:
+    """Raise UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
 
 
 def option(default: object, text: str) -> object:
+    """A field of Config with its --help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -250,6 +252,7 @@ def data_files(data: str) -> Iterator[Path]:
 
 
 def parse(text: str, place: object) -> object:
+    """JSON text -> its value, or a UserError that names the place."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -708,8 +711,8 @@ class Output:
         self.folder, self.monitor = Path(cfg.output_dir), monitor
         self.model, self.tokenizer, self.writes = model, tokenizer, dist.get_rank() == 0
         if self.writes:
-            packages = ("torch", "transformers", "deepspeed", "vllm")
-            versions = {name: sys.modules[name].__version__ for name in packages}
+            names = ("torch", "transformers", "deepspeed", "vllm")
+            versions = {name: sys.modules[name].__version__ for name in names}
             config = {**asdict(cfg), "ranks": dist.get_world_size(), "versions": versions}
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
