@@ -795,6 +795,7 @@ def train(cfg: Config) -> None:
     check(not ran, f"--output_dir {cfg.output_dir}: holds a run already, choose another")
     ds_config, tokenizer = deepspeed_config(cfg), load_tokenizer(cfg)
     chat = Chat(tokenizer, cfg.principle)
+    say(f"Reading {cfg.data}")  # 160,000 prompts take a minute or two
     prompts, left_out = load_prompts(cfg, chat)
     step, n, size = 0, cfg.samples_per_epoch, cfg.batch_size
     say(f"""Inverse-Q* on {dist.get_world_size()} rank(s) in {cfg.dtype}
