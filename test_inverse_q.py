@@ -8,7 +8,7 @@
 The world: dialogues in which a request such as "How do I paint the shelf?" is answered in three
 parts, an opening, a step and a closing, each good or bad by a throw of its own. With PRINCIPLE in
 the system slot every part is good with probability SHOWN, without it with NOT_SHOWN. A Llama of
-half a million weights learns this in under a minute; then the real command has to move it.
+0.6 million weights learns this in about a minute; then the real command has to move it.
 """
 
 import contextlib
