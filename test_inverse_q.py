@@ -1065,10 +1065,10 @@ def metrics(out, kind):
     return [r for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == kind]
 
 
-def weights(folder):
+def weights_of(folder):
     from safetensors.torch import load_file
 
-    return load_file(folder / "model" / "model.safetensors")
+    return load_file(folder / "model.safetensors")
 
 
 def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
@@ -1084,16 +1084,10 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
         for key, value in expected.items():
             assert got[key] == pytest.approx(value, rel=2e-4), key
     assert max(s["grad_norm"] for s in steps) > 0.5
-    start, end = weights_of(toy / "a"), weights(out)
+    start, end = weights_of(toy / "a"), weights_of(out / "model")
     moved = sum((end[k] - start[k]).double().square().sum() for k in start).sqrt()
     error = sum((end[k] - w).square().sum() for k, w in policy.state_dict().items()).sqrt()
     assert error < 8e-4 * moved, (error, moved)
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
 
 
 def test_one_rank_and_two_ranks_give_the_same_run(toy, run_2, tmp_path):
@@ -1233,7 +1227,7 @@ def test_loss_and_kl_at_rate_0_with_two_models_and_one_sample_on_two_ranks(toy, 
     (record,) = metrics(tmp_path, "epoch")
     assert record["loss"] == pytest.approx(cross_entropy, rel=1e-4)
     assert record["kl"] == pytest.approx(cross_entropy - entropy, rel=1e-4)
-    start, end = weights_of(toy / "a"), weights(tmp_path)
+    start, end = weights_of(toy / "a"), weights_of(tmp_path / "model")
     assert all(torch.equal(start[name], end[name]) for name in start)
 
 
