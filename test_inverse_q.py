@@ -23,6 +23,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -31,8 +32,11 @@ import time
 import types
 from pathlib import Path
 
+import hypothesis
+import psutil
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import inverse_q as q
 
@@ -580,6 +584,14 @@ def test_what_yields_no_prompt_is_counted(tmp_path):
     "text, message",
     [
         ('{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2: is not JSON"),
+        ("", "no prompt to use"),
+        ("[" * 10**5, "a.jsonl, line 1: is not JSON"),
+        ('{"prompt": "\\ud800"}\n', "a.jsonl, line 1: a record needs"),
+        ('"prompt"\n', "a.jsonl, line 1: a record needs"),
+        (
+            '{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}\n',
+            "no prompt to use",
+        ),
         ('{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs 'prompt'"),
         ("[1, 2]\n", "a.jsonl, line 1: a record needs"),
         ('{"prompt": 7}\n', "a.jsonl, line 1: a record needs"),
@@ -592,6 +604,75 @@ def test_bad_data_is_one_line_that_names_its_place(tmp_path, text, message):
     with pytest.raises(q.UserError) as error:
         load(write(tmp_path / "a.jsonl", text))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', "a.jsonl, line 2: is not JSON in UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], "cannot be read"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl.xz", b"no xz", "cannot be read"),
+        ("a.json", b'{"prompt": "x"}', "a.json: has to be a list"),
+        ("a.json", b"[1", "a.json: is not JSON"),
+    ],
+)  # fmt: skip
+def test_broken_files_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(q.UserError) as error:
+        load(str(tmp_path / name))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+FUZZ = hypothesis.settings(
+    max_examples=300, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(
+        st.sampled_from(["prompt", "messages", "chosen", "rejected", "role", "content"]), x),
+)  # fmt: skip
+HH_TEXT = st.lists(
+    st.sampled_from(["\n\nHuman:", "\n\nAssistant:", "Human: ", "\n", " a", "b\n\n"])
+    | st.text(max_size=9)
+).map("".join)
+
+
+def is_prompt(turns):
+    """Turns of known roles, of which the first is no assistant's and the last the user's."""
+    roles = [t["role"] for t in turns]
+    alike = any(a == b for a, b in itertools.pairwise(roles))
+    texts = [t["content"] for t in turns]
+    return not turns or (
+        {"system", "user", "assistant"} >= set(roles)
+        and roles[-1] == "user" and roles[0] != "assistant" and not alike
+        and all(text == text.strip() != "" for text in texts)
+    )  # fmt: skip
+
+
+@FUZZ
+@hypothesis.given(
+    st.binary() | st.lists(JSON.map(json.dumps)).map(lambda x: "\n".join(x).encode()),
+    st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".json.xz"]),
+    st.booleans(),
+)
+def test_whatever_the_bytes_records_or_one_line(tmp_path_factory, content, suffix, packed):
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(suffix[-3:], bytes)
+    path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    path.write_bytes(pack(content) if packed else content)
+    try:
+        prompts, _ = load(str(path))
+        assert prompts and all(map(is_prompt, prompts))
+    except q.UserError as error:
+        assert "\n" not in str(error)
+
+
+@FUZZ
+@hypothesis.given(HH_TEXT, HH_TEXT)
+def test_whatever_the_hh_text_turns_or_none(chosen, rejected):
+    assert is_prompt(q.prompt_of({"chosen": chosen, "rejected": rejected}))
+    both = q.prompt_of({"chosen": chosen, "rejected": chosen})
+    assert is_prompt(both) and both == q.prompt_of({"prompt": chosen})
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -901,7 +982,7 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(q.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(q.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(q.dist, "all_reduce", lambda _: None)
-    monkeypatch.setattr(q, "gather", list)
+    monkeypatch.setattr(q, "gather", list)  # of on_rank_0() too
 
 
 def test_micro_batches_keep_to_the_budget(one_rank):
@@ -916,7 +997,7 @@ def test_micro_batches_keep_to_the_budget(one_rank):
             sizes.append(ids.numel())
             return torch.zeros(2, dtype=torch.float64)
 
-    q.optimizer_step(Engine(), lambda samples: None, some_samples(20), 40)
+    q.optimizer_step(Engine(), lambda samples: None, some_samples(20), 40, "")
     assert len(sizes) > 3 and max(sizes) <= 40
 
 
@@ -943,16 +1024,183 @@ def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
     assert len(set(seeds)) == 15
 
 
-def test_a_failed_save_leaves_the_last_model_whole(tmp_path, monkeypatch):
-    output = q.Output.__new__(q.Output)
-    output.folder, output.writes, output.model = tmp_path, True, small_llama(0)
-    output.tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: 1 / 0)
-    monkeypatch.setattr(q, "whole_weights", lambda model: model.named_parameters())
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "last").touch()
-    with pytest.raises(ZeroDivisionError):
-        output.weights()
-    assert [p.name for p in (tmp_path / "model").iterdir()] == ["last"]
+class Kill(BaseException):
+    """The end of the process, as far as the code under test can see."""
+
+
+PACKAGES = q.metadata.packages_distributions()
+
+
+def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
+    """What train() does to the disk, on one rank and without models. Killed before the kill_at-th
+    change of a file or folder, of which it returns the number."""
+    calls = itertools.count()
+
+    def killing(function):
+        def changed(*args, **kwargs):
+            if next(calls) == kill_at:
+                raise Kill
+            return function(*args, **kwargs)
+
+        return changed
+
+    def save(path, text):
+        path.mkdir(parents=True)
+        for name in ("one", "two"):
+            (path / name).write_text(text)
+
+    with monkeypatch.context() as m:
+        m.setattr(q, "whole_weights", lambda model: [])
+        for name in ("write_text", "rename", "replace", "unlink", "mkdir"):
+            m.setattr(Path, name, killing(getattr(Path, name)))
+        m.setattr(shutil, "rmtree", killing(shutil.rmtree))
+        m.setattr(json, "dumps", killing(json.dumps))  # before a line of metrics.jsonl
+        m.setattr(q.metadata, "packages_distributions", lambda known=PACKAGES: known)  # slow
+        locks, flock = [], q.fcntl.flock
+        m.setattr(q.fcntl, "flock", lambda lock, how: locks.append(lock) or flock(lock, how))
+        cfg = q.Config("m", output_dir=str(folder), epochs=epochs, **changes)
+        try:
+            run = q.Run(cfg, {}, [])
+            for epoch in range(run.epoch + 1, epochs + 1):
+                model = types.SimpleNamespace(
+                    parameters=list,
+                    generation_config=types.SimpleNamespace(validate=lambda strict: 0),
+                    save_pretrained=lambda new, state_dict, e=epoch: save(new, str(e)),
+                )  # fmt: skip
+                engine = types.SimpleNamespace(
+                    save_checkpoint=lambda state, tag, save_latest, e=epoch: save(
+                        Path(state, tag), str(e)
+                    )
+                )  # fmt: skip
+                monitor = types.SimpleNamespace(write_events=lambda events: None)
+                run.save_samples(epoch, [q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")])
+                run.log(monitor, "step", epoch, epoch, {"step": epoch})
+                run.log(monitor, "epoch", epoch, epoch, {"loss": 0.1})
+                run.save_model(model, types.SimpleNamespace(save_pretrained=lambda new: None))
+                run.save_state(engine, epoch)
+        finally:
+            for lock in locks:  # as the end of a process would
+                os.close(lock)
+    return next(calls)
+
+
+def contents(folder):
+    names = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_text() for p in names if p.name != "config.json"}
+
+
+def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike(
+    tmp_path, monkeypatch, one_rank
+):
+    n = a_run(tmp_path / "whole", 3, monkeypatch)
+    expected = contents(tmp_path / "whole")
+    assert expected["state/done.json"] == '{"epoch": 3, "ranks": 1}\n' and n > 60
+    assert len(expected["metrics.jsonl"].splitlines()) == 6
+    for kill_at in range(n):
+        out = tmp_path / str(kill_at)
+        with contextlib.suppress(Kill):
+            a_run(out, 3, monkeypatch, kill_at)
+        done = out / "state" / "done.json"
+        epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
+        if epoch:  # the state that counts is whole
+            state = out / "state" / f"epoch-{epoch:03d}"
+            assert [p.read_text() for p in state.iterdir()] == [str(epoch)] * 2
+        for name in ("model", "model.old"):
+            if (out / name).exists() and name == "model":
+                assert len({p.read_text() for p in (out / name).iterdir()}) == 1
+                assert len(list((out / name).iterdir())) == 2
+        a_run(out, 3, monkeypatch)
+        assert contents(out) == expected, kill_at
+
+
+def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monkeypatch, one_rank):
+    a_run(tmp_path, 1, monkeypatch)
+    with pytest.raises(q.UserError) as error:
+        a_run(tmp_path, 1, monkeypatch, alpha=1.5, seed=3)
+    assert "alpha 1.4 there, 1.5 here; seed 0 there, 3 here: go on with" in str(error.value)
+    a_run(tmp_path, 2, monkeypatch, micro_batch_tokens=7)  # more epochs, less memory
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+    a_run(tmp_path, 1, monkeypatch, alpha=1.5, overwrite=True)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["epoch-001.jsonl"]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(q.UserError, match=r"config\.json: no JSON file"):
+        a_run(tmp_path, 1, monkeypatch)
+
+
+def test_one_job_at_a_time_in_a_folder(tmp_path, one_rank):
+    cfg = q.Config("m", output_dir=str(tmp_path))
+    first = q.Run(cfg, {}, [])
+    with pytest.raises(q.UserError, match="another job is running in it"):
+        q.Run(cfg, {}, [])
+    os.close(first.lock)
+    os.close(q.Run(cfg, {}, []).lock)
+
+
+def test_secrets_of_monitors_are_not_written(tmp_path, one_rank):
+    ds_config = {"gradient_clipping": 1.0, "comet": {"api_key": "SECRET"}}
+    os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), ds_config, []).lock)
+    text = (tmp_path / "config.json").read_text()
+    assert "gradient_clipping" in text and "SECRET" not in text
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch, one_rank):
+    a_run(tmp_path, 1, monkeypatch)
+    before = contents(tmp_path)
+    usage = types.SimpleNamespace(free=0)
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(q.UserError, match=r"0\.00 GiB free, saving takes 0\.00: make room"):
+            a_run(tmp_path, 2, monkeypatch)
+    a_run(tmp_path, 1, monkeypatch)
+    assert contents(tmp_path) == {**before, "samples/epoch-002.jsonl": read_text(tmp_path, 2)}
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as m:
+        run = q.Run(q.Config("m", output_dir=str(tmp_path)), {}, [])
+        m.setattr(Path, "write_text", full)
+        with pytest.raises(q.UserError, match=r"No space left on device: '.*epoch-002.jsonl.new'"):
+            run.save_samples(2, [q.Sample(0, [user("x")], [1], [2])])
+        engine = types.SimpleNamespace(save_checkpoint=full)
+        with pytest.raises(q.UserError, match="epoch-002: not written, is the disk full"):
+            run.save_state(engine, 2)
+    os.close(run.lock)
+
+
+def read_text(folder, epoch):
+    return (folder / "samples" / f"epoch-{epoch:03d}.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"alpha": x} for x in (-0.1, math.nan, math.inf)),
+        *({"temperature": x} for x in (-1, math.nan)),
+        *({"learning_rate": x} for x in (-1e-6, 2, math.nan)),
+        *({"plausibility": x} for x in (-0.1, 1.1)),
+        *({name: 0} for name in ("epochs", "samples_per_epoch", "batch_size", "max_new_tokens",
+                                 "max_prompt_tokens", "micro_batch_tokens")),
+        {"gpu_memory_utilization": 1.5}, {"seed": -1},
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range(options):
+    ((name, value),) = options.items()
+    with pytest.raises(q.UserError, match=f"^--{name} {value}: has to be from "):
+        q.Config("m", **options)
+
+
+@pytest.mark.parametrize("principle", ["", " \n"])
+def test_nothing_to_contrast(principle):
+    with pytest.raises(q.UserError, match="--principle is empty"):
+        q.Config("m", principle=principle)
+    q.Config("m", principle="x", positive_model="m")
+
+
+def test_say_spells_control_characters_out(capsys):
+    q.say("a\x1b[31mred\x07\u202eb\nñ 好")
+    assert capsys.readouterr().out == "a\\x1b[31mred\\x07\\u202eb\nñ 好\n"
 
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "gradient_accumulation_steps"])
@@ -1001,15 +1249,22 @@ def test_whole_weights_come_a_layer_at_a_time(monkeypatch):
 # ------------------------------------------------------------- Tests: real processes, end to end --
 
 
-def launch(ranks, *options, check=True, launcher=()):
-    """The command of the README, with a port of its own."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+def command(ranks, *options, launcher=(), script=HERE / "inverse_q.py"):
+    """The command of the README, with a port of its own."""
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", port, *launcher]
-    command += [str(HERE / "inverse_q.py"), *map(str, options)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    start = [deepspeed, "--num_gpus", str(ranks), "--master_port", free_port(), *launcher]
+    return [*start, str(script), *map(str, options)]
+
+
+def launch(ranks, *options, check=True, **changes):
+    result = subprocess.run(command(ranks, *options, **changes), capture_output=True, text=True,
+                            timeout=600)  # fmt: skip
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return result
@@ -1043,13 +1298,16 @@ def toy(tmp_path_factory):
     return folder
 
 
-def train(toy, out, ranks, *options, model="a"):
-    result = launch(
-        ranks, "--model", toy / model, "--data", toy / "data.jsonl", "--principle", PRINCIPLE,
+def settings(toy, out, *options, model="a"):
+    return (
+        "--model", toy / model, "--data", toy / "data.jsonl", "--principle", PRINCIPLE,
         "--ds-config", toy / "ds.json", "--dtype", "float32", "--output_dir", out,
         "--max-new-tokens", 24, "--max_prompt_tokens", 300, "--micro_batch_tokens", 200, *options,
     )  # fmt: skip
-    return result.stdout
+
+
+def train(toy, out, ranks, *options, model="a"):
+    return launch(ranks, *settings(toy, out, *options, model=model)).stdout
 
 
 TRAINING = ("--epochs", 2, "--samples_per_epoch", 7, "--batch_size", 4, "--learning_rate", 1e-3)
@@ -1231,41 +1489,322 @@ def test_loss_and_kl_at_rate_0_with_two_models_and_one_sample_on_two_ranks(toy, 
     assert all(torch.equal(start[name], end[name]) for name in start)
 
 
+def assert_same_run(a, b):
+    """Bit for bit, but for times and memory."""
+    for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
+        assert (a / "samples" / file).read_text() == (b / "samples" / file).read_text()
+    lines = [
+        [{k: v for k, v in r.items() if "second" not in k and "memory" not in k} for r in records]
+        for records in (read_jsonl(a / "metrics.jsonl"), read_jsonl(b / "metrics.jsonl"))
+    ]
+    assert lines[0] == lines[1]
+    ours, theirs = weights_of(a / "model"), weights_of(b / "model")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def wait_until(process, condition):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def killed(toy, tmp_path_factory):
+    """A run killed by SIGKILL in its first epoch while it samples, fits, or saves, in its second at
+    a moment drawn by chance, and started again each time. Also a copy of it after an epoch."""
+    out, rng = tmp_path_factory.mktemp("killed"), random.Random(4)
+    done = out / "state" / "done.json"
+    moments = [
+        (out / "model", 0.2),  # epoch 1: it samples
+        (out / "samples" / "epoch-001.jsonl", 0.3),  # it fits
+        (out / "state" / "epoch-001", 0.0),  # it saves
+        (done, 0.0),  # epoch 2
+        (done, rng.uniform(0.2, 1.5)),
+    ]
+    for path, seconds in moments:
+        known = path.stat().st_mtime if path == out / "model" and path.exists() else 0
+        process = subprocess.Popen(
+            command(2, *settings(toy, out, *TRAINING)), start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        if done.exists():  # it has to have started this time
+            known = (out / "model").stat().st_mtime
+            wait_until(process, lambda known=known: (out / "model").stat().st_mtime > known)
+        wait_until(process, path.exists)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if done.exists() and json.loads(done.read_text())["epoch"] == 1:
+            shutil.copytree(out, out.with_name("after_one_epoch"), dirs_exist_ok=True)
+    train(toy, out, 2, *TRAINING)
+    return out, out.with_name("after_one_epoch")
+
+
+def test_a_run_that_was_killed_and_started_again_ends_like_one_that_was_not(killed, run_2):
+    assert_same_run(killed[0], run_2[0])
+    state = {p.name for p in (killed[0] / "state").glob("[ed]*")}
+    assert state == {"done.json", "epoch-002"}  # none but the last
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(toy, killed, run_2):
+    out = killed[1]
+    assert [r["epoch"] for r in metrics(out, "epoch")][:1] == [1]
+    said = train(toy, out, 1, *TRAINING)
+    assert "1 are done" in said and "Epoch 1, first sample" not in said
+    for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
+        assert read_jsonl(out / "samples" / file) == read_jsonl(run_2[0] / "samples" / file)
+    for a, b in zip(metrics(out, "step"), metrics(run_2[0], "step"), strict=True):
+        del a["kind"], b["kind"]
+        assert a == pytest.approx(b, rel=2e-4)
+    start, end = weights_of(toy / "a"), weights_of(run_2[0] / "model")
+    ours = weights_of(out / "model")
+    moved = sum((end[k] - start[k]).square().sum() for k in start).sqrt()
+    assert sum((end[k] - ours[k]).square().sum() for k in start).sqrt() < 8e-4 * moved
+    said = train(toy, out, 1, *TRAINING)
+    assert "Nothing is left to do" in said
+
+
+@pytest.mark.parametrize("stop", ["SIGTERM to the launcher", "Ctrl-C", "SIGKILL of a rank"])
+def test_a_job_that_is_told_to_stop_or_loses_a_rank_ends_whole(toy, tmp_path, stop):
+    """Within 30 s, no process is left, and a second job was refused the folder meanwhile."""
+    out = tmp_path / "out"
+    options = settings(toy, out, "--epochs", 999, "--samples_per_epoch", 8)
+    process = subprocess.Popen(command(2, *options), start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    said = []
+    threading.Thread(target=lambda: said.extend(process.stdout), daemon=True).start()
+    wait_until(process, (out / "state" / "done.json").exists)
+    family = psutil.Process(process.pid).children(recursive=True)
+    if stop == "Ctrl-C":
+        second = launch(1, *options, check=False)
+        assert second.returncode == 2 and "another job is running in it" in second.stdout
+        os.killpg(process.pid, signal.SIGINT)
+    elif stop == "SIGKILL of a rank":
+        next(p for p in family if "--local_rank=1" in p.cmdline()).kill()
+    else:
+        process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive and process.wait(30) != 0
+    if stop != "SIGKILL of a rank":
+        lines = [x for x in said if "The same command goes on" in x]
+        assert len(lines) == 1, said[-20:]
+
+
+def test_a_rank_with_an_error_shows_it_first_and_takes_the_job_down(toy, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys, os
+sys.path.insert(0, {str(HERE)!r})
+import inverse_q as q
+if os.environ["RANK"] == "1":
+    q.deal = lambda *_: {{}}["the error of rank 1"]
+q.main()
+""")
+    start = time.perf_counter()
+    result = launch(2, *settings(toy, tmp_path / "out", *TRAINING), script=script, check=False)
+    assert result.returncode == 1 and time.perf_counter() - start < 90
+    lines = [x for x in result.stderr.splitlines() if "Error: " in x]
+    assert "KeyError: 'the error of rank 1'" in lines[0], result.stderr[-3000:]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(toy, tmp_path):
+    """DeepSpeed's own step() must leave weights alone; the message has epoch, step and samples."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import inverse_q as q
+loss, calls = q.soft_label_loss, []
+def broken(h, *rest):
+    calls.append(h)
+    if len(calls) >= 8:
+        h.register_hook(lambda g: g * float("nan"))
+    return loss(h, *rest)
+q.soft_label_loss, step = broken, q.optimizer_step
+def watched(engine, *rest):
+    before = [p.ds_tensor.clone() for p in engine.module.parameters()]
+    try:
+        return step(engine, *rest)
+    except q.UserError:
+        same = (p.ds_tensor.equal(b) for p, b in zip(engine.module.parameters(), before))
+        print("SAME", all(same), len(before))
+        raise
+q.optimizer_step = watched
+q.main()
+""")
+    options = settings(toy, tmp_path / "out", *TRAINING, "--epochs", 9)
+    result = launch(2, *options, script=script, check=False)
+    (line,) = (x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: "))
+    last = metrics(tmp_path / "out", "step")[-1]
+    place = f"epoch {(last['step']) // 2 + 1}, step {last['step'] + 1}: on samples ["
+    assert result.returncode == 2 and line.startswith(f"inverse_q.py: {place}"), line
+    assert "the gradient is inf" in line and result.stdout.count("SAME True 30") == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_several_machines(toy, run_2, tmp_path):
+    """Two launchers with a rank each, in folders of their own as on machines that share none; and
+    then again, to go on."""
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    for epochs in (1, 2):
+        port, processes = free_port(), []
+        for node in ("0", "1"):
+            (tmp_path / node).mkdir(exist_ok=True)
+            launcher = ("--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--node_rank", node,
+                        "--master_addr", "127.0.0.1", "--master_port", port)  # fmt: skip
+            options = settings(toy, "out", *TRAINING, "--epochs", epochs)
+            whole = command(1, *options, launcher=launcher)
+            del whole[1:3]  # --num_gpus
+            processes.append(
+                subprocess.Popen(whole, cwd=tmp_path / node, text=True, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT)
+            )  # fmt: skip
+        said = [p.communicate(timeout=300)[0] for p in processes]
+        assert [p.returncode for p in processes] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert "1 are done" in said[0] and "Inverse-Q*" not in said[1]
+    assert_same_run(tmp_path / "0" / "out", run_2[0])
+    written = {p.name for p in (tmp_path / "1" / "out").rglob("*") if p.is_file()}
+    assert all(name.startswith("zero_") for name in written), written  # its shards alone
+
+
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_user_errors_are_one_line_and_code_2(toy, tmp_path):
-    """On both ranks alike, before any model loads."""
-    shutil.copytree(toy / "a", tmp_path / "capped")
-    change(tmp_path / "capped" / "config.json", final_logit_softcapping=30.0)
-    shutil.copytree(toy / "a", tmp_path / "other")
-    vocabulary = (tmp_path / "other" / "tokenizer.json").read_text()
-    (tmp_path / "other" / "tokenizer.json").write_text(
-        vocabulary.replace('"<|user|>"', '"<|you|>"')
-    )
-    (toy / "metrics.jsonl").touch()
-    ds = json.loads((HERE / "ds_config.json").read_text())
-    (tmp_path / "batch.json").write_text(json.dumps({**ds, "train_batch_size": 64}))
-    (tmp_path / "stage.json").write_text(json.dumps({**ds, "zero_optimization": {"stage": 2}}))
+OPTIONS = ("--max_new_tokens", 9, "--max_prompt_tokens", 300)
+
+
+def test_user_errors_are_one_line_and_code_2_on_two_ranks(toy, tmp_path):
     cases = [
-        (("--positive_model", tmp_path / "capped"), "final_logit_softcapping"),
-        (("--positive_model", tmp_path / "other"), "vocabulary"),
-        (("--ds_config", tmp_path / "batch.json"), "remove 'train_batch_size'"),
-        (("--ds_config", tmp_path / "stage.json"), "stage"),
-        (("--max_prompt_tokens", 5), "no prompt to use"),
-        (("--data", tmp_path / "nothing.jsonl"), "no such file"),
-        (("--max_new_tokens", 5000), "positions"),
-        (("--output_dir", toy), "holds a run already"),
-        (("--model", tmp_path / "none"), "no such model folder or hub id"),
+        (("--data", tmp_path / "nothing.jsonl"), "no such file"),  # found by rank 0
+        (("--temperature", "nan"), "--temperature nan: has to be from 0 to 99"),  # by each
     ]
     for options, message in cases:
-        result = launch(2, "--model", toy / "a", "--data", toy / "data.jsonl", "--max_new_tokens",
-                        9, "--max_prompt_tokens", 300, *options, check=False)  # fmt: skip
+        result = launch(2, "--model", toy / "a", "--output_dir", tmp_path, *OPTIONS, *options,
+                        check=False)  # fmt: skip
         assert result.returncode == 2, (options, result.stderr[-2000:])
         lines = [x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: ")]
         assert len(lines) == 1 and message in lines[0], (options, lines)
         assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
+    """One process runs main() on every mistake, and never comes to load a model."""
+
+    def model(name, **config):
+        shutil.copytree(toy / "a", tmp_path / name)
+        change(tmp_path / name / "config.json", **config)
+        return tmp_path / name
+
+    def ds(name, **config):
+        text = {**json.loads((HERE / "ds_config.json").read_text()), **config}
+        return write(tmp_path / f"{name}.json", json.dumps(text))
+
+    def data(text):
+        name = f"{len(list(tmp_path.glob('data*')))}"
+        return ("--data", write(tmp_path / f"data{name}.jsonl", text))
+
+    capped = model("capped", final_logit_softcapping=30.0)
+    remote = model("remote", model_type="new", auto_map={"AutoConfig": "evil.Evil"})
+    (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    broken = model("broken")
+    (broken / "config.json").write_text("{")
+    other = model("other")
+    vocabulary = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(vocabulary.replace('"<|user|>"', '"<|you|>"'))
+
+    def ran(*options):
+        folder = shutil.copytree(run_2[0], tmp_path / f"ran {options[0]}")
+        return *settings(toy, folder, *TRAINING), *options
+
+    model_file = tmp_path / "file"
+    model_file.touch()
+    cases = [
+        ((), "the following arguments are required: --model"),
+        (("--model", "x", "--foo", 1), "unrecognized arguments: --foo"),
+        (("--model", "x", "--alpha", "much"), "argument --alpha: invalid float value: 'much'"),
+        *(
+            ((*settings(toy, tmp_path / "out"), *options), message)
+            for options, message in [
+                (("--data", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
+                (("--data", "owner/no"), "--data owner/no: no such file or hub data set"),
+                (("--model", "owner/no"), "owner/no: not a model that loads"),
+                (("--model", tmp_path / "no"), "no such model folder or hub id"),
+                (("--model", model_file), "no such model folder or hub id"),
+                (("--model", broken), "broken: not a model that loads"),
+                (("--model", remote), "remote: not a model that loads"),
+                (data(""), "no prompt to use; left out: {'without a prompt': 0"),
+                (data('{"prompt": "x"}\n{"x\n'), "line 2: is not JSON"),
+                (data("[]\n"), "line 1: a record needs"),
+                (data('{"text": "x"}\n'), "line 1: a record needs 'prompt', 'messages', or"),
+                (data('{"prompt": "\\n\\nAssistant: x"}\n'), "no prompt to use"),
+                (("--max_prompt_tokens", 5), "no prompt to use; left out: {'without a prompt': 0"),
+                (("--principle", ""), "--principle is empty"),
+                (("--positive_model", other), "its vocabulary has to be that of"),
+                (("--positive_model", capped), "final_logit_softcapping"),
+                (("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
+                (("--epochs", 0), "--epochs 0: has to be from 1"),
+                (("--max_new_tokens", 5000), "5300, to its 1024 positions"),
+                (("--ds_config", tmp_path / "no.json"), "no.json: no JSON file"),
+                (("--ds_config", write(tmp_path / "a.json", "{")), "a.json: no JSON file"),
+                (("--ds_config", write(tmp_path / "b.json", "[]")), "has to be a JSON object"),
+                (("--ds_config", ds("c", zero_optimization={"stage": 2})), "set ZeRO stage 3"),
+                (("--ds_config", ds("d", zero_optimization=3)), "set ZeRO stage 3"),
+                (("--ds_config", ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
+                (("--output_dir", model_file), "File exists"),
+                (("--output_dir", model_file / "x"), "Not a directory"),
+                (ran("--alpha", 1.5, "--learning_rate", 1e-4),
+                 "holds a run with alpha 1.4 there, 1.5 here; learning_rate 0.001 there, 0.0001 h"),
+                (ran(*data('{"prompt": "x"}\n')), "data_crc32"),
+                (ran("--ds_config", ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 t"),
+            ]
+        ),
+    ]  # fmt: skip
+    (tmp_path / "cases.json").write_text(json.dumps([[str(x) for x in case] for case, _ in cases]))
+    code = """
+import json, sys, torch, inverse_q as q
+for case in json.load(open(sys.argv[1])):
+    sys.argv[1:] = case
+    try:
+        q.main()
+    except SystemExit as exit:
+        print("EXIT", exit.code)
+q.torch.cuda.device_count = lambda: 1
+import os
+os.environ["LOCAL_SIZE"] = "2"
+try:
+    q.main()
+except SystemExit as exit:
+    print("EXIT", exit.code)
+print("LOADED", "vllm" in sys.modules)
+"""
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"),
+           "HF_TOKEN": "SECRET", "MASTER_PORT": free_port()}  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "cases.json"], env=env,
+                            capture_output=True, text=True, cwd=HERE)  # fmt: skip
+    assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
+    assert "SECRET" not in result.stderr + result.stdout
+    lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]
+    for (case, message), line in zip(cases, lines[::2], strict=False):
+        assert message in line, (case[-4:], message, line)
+    assert lines[1::2] == ["EXIT 2"] * (len(cases) + 1)
+    assert "2 ranks but 1 GPUs: lower --num_gpus" in lines[-2]
+    assert "LOADED False" in result.stdout and not (tmp_path / "ran").exists()
+
+
+def test_weights_come_through_the_safe_loader_alone(toy, tmp_path):
+    """A model whose weights are a pickle that runs code: refused by both loaders, not run."""
+    shutil.copytree(toy / "a", tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(ran), "w")
+
+    torch.save({"lm_head.weight": Evil()}, tmp_path / "a" / "pytorch_model.bin")
+    result = launch(1, *settings(toy, tmp_path / "out", model=tmp_path / "a"), check=False)
+    assert result.returncode != 0 and "Unsupported" in result.stderr and not ran.exists()
 
 
 def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(toy):
@@ -1274,6 +1813,7 @@ def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(toy):
 import json, os, sys, torch, deepspeed, inverse_q as q
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in main()
 deepspeed.init_distributed("gloo")
 cfg = q.Config(sys.argv[1])
 model = q.load_model(cfg.model, cfg, q.deepspeed_config(cfg))
