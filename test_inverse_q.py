@@ -1001,6 +1001,18 @@ def test_micro_batches_keep_to_the_budget(one_rank):
     assert len(sizes) > 3 and max(sizes) <= 40
 
 
+def test_a_loss_that_is_not_finite_stops_before_the_step(one_rank):
+    class Engine:
+        device, backward = "cpu", lambda self, loss: None
+        step = lambda self: pytest.fail("a step was taken")  # noqa: E731
+
+        def __call__(self, samples, labels):
+            return torch.full((2,), math.nan, dtype=torch.float64)
+
+    with pytest.raises(q.UserError, match=r"^epoch 3, step 9: on samples \[0, 1\] the loss is nan"):
+        q.optimizer_step(Engine(), lambda _: None, some_samples(2), 99, "epoch 3, step 9")
+
+
 def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
     """Every seed, epoch and sample asks vLLM with a seed of its own."""
     seeds, sampler = [], q.Sampler.__new__(q.Sampler)
