@@ -123,6 +123,8 @@ class Config:
         "Prompts (sec. 5.1), separated by commas: hub data sets, owner/name or owner/name/folder, "
         "of which the train files are taken, or .jsonl and .json files, plain, .gz or .xz.",
     )
+    eval_data: str | None = option(None, "Held-out prompts: kl and length on them every epoch.")
+    eval_samples: Count = option(100, "Prompts of --eval_data, --mode evaluate and --mode credit.")
     principle: str | None = option(None, "Shown to pi_plus (sec. 4.2) instead of the built-in one.")
     positive_model: str | None = option(None, "pi_plus if not pi_0: an aligned model (sec. 5).")
     negative_model: str | None = option(None, "pi_0 if not --model: its SFT model (sec. 5).")
@@ -817,12 +819,12 @@ class Run:
         new.write_text(f"{text}\n" if text else "")
         new.replace(self.folder / name)
 
-    def save_samples(self, epoch: int, samples: list[Sample]) -> None:
-        """samples/epoch-NNN.jsonl, and the first one on the console."""
+    def save_samples(self, name: str, samples: list[Sample]) -> None:
+        """samples/NAME.jsonl, and the first one on the console."""
         lines = "\n".join(json.dumps(asdict(sample)) for sample in samples)
-        on_rank_0(self.write, f"samples/epoch-{epoch:03d}.jsonl", lines)
+        on_rank_0(self.write, f"samples/{name}.jsonl", lines)
         x, y = samples[0].messages[-1]["content"], samples[0].response
-        say(f"\nEpoch {epoch}, first sample\n  user    {x!r:.300}\n  policy  {y!r:.300}")
+        say(f"\n{name}, first sample\n  user    {x!r:.300}\n  policy  {y!r:.300}")
 
     def log(self, monitor, kind: str, epoch: int, step: int, record: dict[str, float]) -> None:
         """A line of metrics.jsonl, and an event for DeepSpeed's monitors if ds_config has any."""
@@ -957,14 +959,28 @@ def optimizer_step(engine, superior, batch: list[Sample], budget: int, place: st
     return {**record, "samples": len(batch), "tokens": tokens}
 
 
+@torch.no_grad()
+def held_out_record(engine, superior, samples: list[Sample], budget: int) -> dict[str, float]:
+    """KL(pi_hat || pi_theta) and mean length of responses to prompts that no step is made for."""
+    sums, rank = torch.zeros(2, dtype=torch.float64, device=engine.device), dist.get_rank()
+    lengths = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples]
+    for micro_step in deal(lengths, dist.get_world_size(), budget):
+        mine = [samples[i] for i in micro_step[rank]]
+        sums += torch.stack(engine(mine, superior(mine)))
+    dist.all_reduce(sums)
+    tokens, (loss, entropy) = sum(len(s.response_ids) for s in samples), sums.tolist()
+    kl, length = (loss - entropy) / tokens, tokens / len(samples)
+    return {"eval_kl": kl, "eval_response_tokens_mean": length}
+
+
 def epoch_record(samples: list[Sample], records: list[dict], clock: list[float]) -> dict:
-    """An epoch's record for metrics.jsonl, from those of its steps and four readings of the clock:
-    before the sync, after it, after sampling, after fitting."""
+    """An epoch's record for metrics.jsonl, from those of its steps and five readings of the clock:
+    before the sync, after it, after sampling, before and after fitting."""
     n, tokens = len(samples), sum(r["tokens"] for r in records)
     record = {k: sum(r[k] * r["tokens"] for r in records) / tokens for k in ("loss", "kl")}
     record |= {"samples": n, "tokens": tokens, "response_tokens_mean": tokens / n}
     record["truncated"] = sum(s.finish_reason == "length" for s in samples) / n
-    sync, sample, fit = (b - a for a, b in itertools.pairwise(clock))
+    sync, sample, _, fit = (b - a for a, b in itertools.pairwise(clock))
     record |= {"sample_seconds": sample, "train_seconds": fit, "sync_seconds": sync}
     record["sample_tokens_per_second"] = tokens / sample
     record["train_tokens_per_second"] = tokens / fit
@@ -982,6 +998,10 @@ def train(cfg: Config) -> None:
     chat = Chat(tokenizer, cfg.principle)
     say(f"Reading {cfg.data}")  # 160,000 prompts take a minute or two
     prompts, left_out, _ = on_rank_0(load_prompts, cfg, chat)
+    held_out = []
+    if cfg.eval_data:
+        held_out, *_ = on_rank_0(load_prompts, replace(cfg, data=cfg.eval_data), chat, "test")
+        held_out = held_out[: cfg.eval_samples]
     run = Run(cfg, ds_config, prompts)
     n, size = cfg.samples_per_epoch, cfg.batch_size
     per_epoch = -(-n // size)
@@ -1017,8 +1037,13 @@ def train(cfg: Config) -> None:
         # 1. Sample y ~ pi_theta(.|x).
         drawn = draw_prompts(len(prompts), n, epoch, cfg.seed)
         samples = sampler.sample([prompts[i] for i in drawn], epoch)
+        run.save_samples(f"epoch-{epoch:03d}", samples)
+        clock.append(time.perf_counter())
+        unseen, held_out_metrics = sampler.sample(held_out, "held out"), {}
         sampler.llm.sleep(level=2)
-        run.save_samples(epoch, samples)
+        if unseen:
+            run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
+            held_out_metrics = held_out_record(engine, superior, unseen, cfg.micro_batch_tokens)
         clock.append(time.perf_counter())
 
         # 2. Contrast, and 3. fit.
@@ -1031,7 +1056,7 @@ def train(cfg: Config) -> None:
         clock.append(time.perf_counter())
 
         # Log and save.
-        record = epoch_record(samples, records, clock)
+        record = epoch_record(samples, records, clock) | held_out_metrics
         run.log(engine.monitor, "epoch", epoch, step, record)
         say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
         run.save_model(policy.model, tokenizer)
@@ -1072,7 +1097,6 @@ class Evaluation:
         default_factory=list,
         metadata={"help": "Models to compare --model with, NAME or NAME+principle."},
     )
-    eval_samples: Count = option(100, "Prompts that evaluate and credit use.")
     samples: int = option(0, "Responses that credit shows in the terminal, too.")
     judge_url: str = option("https://api.openai.com/v1", "OpenAI-compatible; $OPENAI_API_KEY.")
     judge_model: str = option("gpt-4o", "The judge's name there.")
@@ -1198,7 +1222,7 @@ def evaluate(cfg: Config, ev: Evaluation) -> None:
         tokenizer = load_tokenizer(replace(cfg, model=name.removesuffix("+principle"),
                                            negative_model=None, positive_model=None))  # fmt: skip
     prompts, _, categories = load_prompts(cfg, Chat(tokenizer, cfg.principle), "test")
-    n = min(ev.eval_samples, len(prompts))
+    n = min(cfg.eval_samples, len(prompts))
     drawn = draw_prompts(len(prompts), n, 1, cfg.seed)
     prompts, categories = [prompts[i] for i in drawn], [categories[i] for i in drawn]
     texts = {name: [s.response for s in responses(cfg, name, prompts)] for name in names}
@@ -1304,7 +1328,7 @@ def credit(cfg: Config, ev: Evaluation) -> None:
     ds_config, out = deepspeed_config(cfg), Path(cfg.output_dir)
     chat = Chat(load_tokenizer(cfg), cfg.principle)
     prompts, _, given = load_prompts(cfg, chat, "test", "response")
-    prompts, given = prompts[: ev.eval_samples], given[: ev.eval_samples]
+    prompts, given = prompts[: cfg.eval_samples], given[: cfg.eval_samples]
     asked = [x for x, y in zip(prompts, given, strict=True) if not y]
     answers = iter(responses(cfg, cfg.model, asked) if asked else ())
     join_ranks()

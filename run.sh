@@ -49,6 +49,7 @@ echo "2. Inverse-Q*: the model learns to do without the principle, and better th
 deepspeed --num_gpus "$ranks" "$here/inverse_q.py" \
   --model "$out/base" --data "$out/train.jsonl" --principle "$(cat "$out/principle.txt")" \
   --output_dir "$out/run" --dtype float32 --epochs 6 --samples_per_epoch 256 \
-  --learning_rate 5e-4 --max_new_tokens 48 --max_prompt_tokens 400
+  --learning_rate 5e-4 --max_new_tokens 48 --max_prompt_tokens 400 \
+  --eval_data "$out/held_out.jsonl" --eval_samples 300
 echo "3. The judge, on requests that no training saw"
 python "$here/test_inverse_q.py" report "$out" "$out/run"

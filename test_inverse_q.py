@@ -240,6 +240,14 @@ def report(world, run):
         low, high = interval(good, len(plain))
         text = {"prompting": "base shown the principle", "inverse_q": "after Inverse-Q*"}
         print(f"  {text.get(name, name):42} {result[name]:6.3f}    {low:.3f} to {high:.3f}")
+    curve = [
+        sum(is_good(s["messages"], s["response"]) for s in samples) / len(samples)
+        for samples in map(read_jsonl, sorted(Path(run, "samples").glob("held-out-*.jsonl")))
+    ]
+    result["convergence"] = [*curve, result["inverse_q"]]
+    print("\nGood answers to held-out requests after each epoch")
+    for epoch, share in enumerate(result["convergence"]):
+        print(f"  {epoch:3} {'#' * round(50 * share):50} {share:.3f}")
     for i in range(3):
         print(f"\n  {plain[i][-1]['content']}\n    before  {replies['base'][i]}")
         print(f"    after   {replies['inverse_q'][i]}")
@@ -291,7 +299,7 @@ def replay(base, run, alpha, clip, rate, batch_size):
     pi_0 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     policy = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     optimizer = torch.optim.AdamW(policy.parameters(), rate, weight_decay=0.0)
-    for file in sorted((run / "samples").iterdir()):
+    for file in sorted((run / "samples").glob("epoch-*")):
         samples, records = read_jsonl(file), []
         for i in range(0, len(samples), batch_size):
             batch = samples[i : i + batch_size]
@@ -1091,7 +1099,9 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
                     )
                 )  # fmt: skip
                 monitor = types.SimpleNamespace(write_events=lambda events: None)
-                run.save_samples(epoch, [q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")])
+                run.save_samples(
+                    f"epoch-{epoch:03d}", [q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")]
+                )
                 run.log(monitor, "step", epoch, epoch, {"step": epoch})
                 run.log(monitor, "epoch", epoch, epoch, {"loss": 0.1})
                 run.save_model(model, types.SimpleNamespace(save_pretrained=lambda new: None))
@@ -1180,7 +1190,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
         run = q.Run(q.Config("m", output_dir=str(tmp_path)), {}, [])
         m.setattr(Path, "write_text", full)
         with pytest.raises(q.UserError, match=r"No space left on device: '.*epoch-002.jsonl.new'"):
-            run.save_samples(2, [q.Sample(0, [user("x")], [1], [2])])
+            run.save_samples("epoch-002", [q.Sample(0, [user("x")], [1], [2])])
         engine = types.SimpleNamespace(save_checkpoint=full)
         with pytest.raises(q.UserError, match="epoch-002: not written, is the disk full"):
             run.save_state(engine, 2)
@@ -1422,7 +1432,7 @@ def test_what_a_run_writes_and_says(toy, run_2):
         weighted = sum(s["loss"] * s["tokens"] for s in steps) / sum(tokens)
         assert record["loss"] == pytest.approx(weighted)
     assert "left out: {'without a prompt': 0, 'duplicate': " in said and "alpha 1.4" in said
-    assert "Epoch 2, first sample" in said
+    assert "epoch-002, first sample" in said
     assert list((toy / "csv").rglob("*step_loss*"))  # DeepSpeed's monitor was fed
 
 
@@ -1466,10 +1476,21 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     embeddings, which share one ZeRO-3 parameter."""
     from transformers import AutoModelForCausalLM
 
-    options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3, "--temperature", 0)
+    options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3, "--temperature", 0,
+               "--eval_data", toy / "data.jsonl", "--eval_samples", 5)  # fmt: skip
     train(toy, tmp_path, 2, *options, model="tied")
     policies = replay(toy / "tied", tmp_path, 1.4, 0.5, 3e-3, 16)
     records, policy = next(policies)
+    record, kl, tokens = metrics(tmp_path, "epoch")[1], 0.0, 0  # of the policy after one epoch
+    pi_0 = AutoModelForCausalLM.from_pretrained(toy / "tied", dtype=torch.float64)
+    unseen = read_jsonl(tmp_path / "samples" / "held-out-001.jsonl")
+    for s in unseen:
+        with torch.no_grad():
+            z = oracle_logits(policy, s["prompt_ids"], s["response_ids"])
+            cross_entropy, entropy = oracle_loss(z, oracle_labels(pi_0, pi_0, s, 1.4))
+        kl, tokens = kl + (cross_entropy - entropy).item(), tokens + len(s["response_ids"])
+    assert record["eval_kl"] == pytest.approx(kl / tokens, rel=1e-3) and len(unseen) == 5
+    assert record["eval_response_tokens_mean"] == tokens / 5
     assert metrics(tmp_path, "step")[0]["grad_norm"] == pytest.approx(
         records[0]["grad_norm"], rel=1e-3
     )
@@ -1568,7 +1589,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(toy, killed, run_2):
     out = killed[1]
     assert [r["epoch"] for r in metrics(out, "epoch")][:1] == [1]
     said = train(toy, out, 1, *TRAINING)
-    assert "1 are done" in said and "Epoch 1, first sample" not in said
+    assert "1 are done" in said and "epoch-001, first sample" not in said
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         assert read_jsonl(out / "samples" / file) == read_jsonl(run_2[0] / "samples" / file)
     for a, b in zip(metrics(out, "step"), metrics(run_2[0], "step"), strict=True):
@@ -1744,7 +1765,8 @@ def judged(monkeypatch, tokenizer, tmp_path):
         Judge.reply, Judge.asked[:] = staticmethod(reply), []
         cfg = q.Config("ours", data=data, output_dir=str(tmp_path), principle="P.")
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        options = {"against": ["x", "x+principle"], "eval_samples": 200, **options}
+        options = {"against": ["x", "x+principle"], **options}
+        cfg.eval_samples = 200
         q.evaluate(cfg, q.Evaluation(judge_url=url, **options))
         return json.loads((tmp_path / "evaluation.json").read_text()), len(Judge.asked)
 
@@ -2108,7 +2130,11 @@ def test_main_job(tmp_path):
     out = subprocess.run([HERE / "run.sh"], env=env, capture_output=True, text=True, timeout=1500)
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert list(report) == ["base", "prompting", "inverse_q"]
+    curve = report.pop("convergence")  # after 0 to 6 epochs
+    assert list(report) == ["base", "prompting", "inverse_q"] and len(curve) == 7
+    assert curve[0] < 0.2 and curve[-1] == report["inverse_q"] and curve[3] > curve[0] + 0.2
+    records = metrics(tmp_path / "run", "epoch")
+    assert records[-1]["eval_kl"] < 0.5 * records[0]["eval_kl"]
     limits = {name: interval(share * 900, 900) for name, share in report.items()}
     assert limits["base"][1] < limits["prompting"][0]
     assert limits["prompting"][1] < limits["inverse_q"][0], report
