@@ -474,8 +474,7 @@ def on_rank_0(function: Callable, *args: object) -> object:
 
 
 def join_ranks() -> None:
-    """Set up torch.distributed from the environment that the launcher made; plain python is one
-    rank."""
+    """Set up torch.distributed as the launcher's environment says; plain python is one rank."""
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
@@ -513,8 +512,8 @@ def stop_at_once() -> None:
         finally:
             end()
 
-    def fail(*error) -> None:  # of a rank that another one left behind, or of its own
-        if launchers() != started_by:
+    def fail(*error) -> None:
+        if launchers() != started_by:  # an error only because the other ranks ended before
             end()
         sys.__excepthook__(*error)
 
@@ -1122,7 +1121,7 @@ def responses(cfg: Config, name: str, prompts: list[list[Message]]) -> list[Samp
     path = Path(cfg.output_dir, "responses", f"{zlib.crc32(json.dumps(what).encode()):08x}.json")
     if not path.exists():
         say(f"{name} responds to {len(prompts)} prompts")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             samples = pool.submit(respond, cfg, prompts, name != model).result()
         path.with_suffix(".new").write_text(json.dumps(samples))
@@ -1136,10 +1135,8 @@ async def judge(ev: Evaluation, games: list[dict], path: Path) -> None:
     from tqdm.asyncio import tqdm
 
     template = Path(ev.judge_template).read_text() if ev.judge_template else JUDGE
-    check(
-        os.environ.get("OPENAI_API_KEY"),
-        "OPENAI_API_KEY is not set: any value if none is asked for",
-    )
+    key = os.environ.get("OPENAI_API_KEY")
+    check(key, "OPENAI_API_KEY is not set; any value will do for a server that asks for none")
     client = openai.AsyncOpenAI(base_url=ev.judge_url, max_retries=5, timeout=120)
     places, errors = asyncio.Semaphore(8), []
 
@@ -1242,16 +1239,14 @@ def evaluate(cfg: Config, ev: Evaluation) -> None:
         game = {"index": i, "category": categories[i], "a": cfg.model, "b": b}
         game |= {"text_a": texts[cfg.model][i], "text_b": texts[b][i]}
         game["conversation"] = "\n\n".join(f"{m['role']}: {m['content']}" for m in x)
-        first = (
-            "both" if ev.judge_both_orders else random.Random(f"{cfg.seed}/{i}/{b}").choice("ab")
-        )
-        what = json.dumps([game, first, ev.judge_model, ev.judge_template])
-        games.append({**game, "first": first, "key": f"{zlib.crc32(what.encode()):08x}"})
+        drawn = random.Random(f"{cfg.seed}/{i}/{b}").choice("ab")
+        game["first"] = "both" if ev.judge_both_orders else drawn
+        what = json.dumps([game, ev.judge_model, ev.judge_template])
+        games.append({**game, "key": f"{zlib.crc32(what.encode()):08x}"})
     path = out / "verdicts.jsonl"
-    whole = (
-        path.read_text().split("\n")[:-1] if path.exists() else []
-    )  # a kill may leave half a line
-    path.write_text("".join(f"{line}\n" for line in whole))
+    text = path.read_text() if path.exists() else ""
+    path.with_suffix(".new").write_text(text[: text.rfind("\n") + 1])  # half a line after a kill
+    path.with_suffix(".new").replace(path)
     known = {v["key"] for _, v in read_records(path)}
     asyncio.run(judge(ev, [game for game in games if game["key"] not in known], path))
     found = {v["key"]: v for _, v in read_records(path)}
@@ -1261,24 +1256,17 @@ def evaluate(cfg: Config, ev: Evaluation) -> None:
         some = {b: [v for v in verdicts if v["b"] == b] for b in ev.against}
         return [{"a": cfg.model, "b": b, **win_rate(some[b])} for b in ev.against]
 
-    parts = {
-        c: pairs([v for v in verdicts if v["category"] == c]) for c in dict.fromkeys(categories)
-    }
-    parts.pop(None, None)
+    parts = {c: [v for v in verdicts if v["category"] == c] for c in categories if c}
+    parts = {category: pairs(some) for category, some in parts.items()}
     result = {"pairs": pairs(verdicts), "elo": elo(verdicts), "categories": parts}
     (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     for title, rows in (("all prompts", result["pairs"]), *parts.items()):
-        say(
-            f"\n{cfg.model}, {title}\n{'against':42}  win  tie lose none   win rate (95 % interval)"
-        )
+        say(f"\n{cfg.model}, {title}\n{'against':42}  win  tie lose none  win rate, 95 % interval")
         for r in rows:
             counts = " ".join(f"{r[key]:4}" for key in ("win", "tie", "lose", "no_verdict"))
-            rate = (
-                ""
-                if r["ci95"] is None
-                else "{:.3f} ({:.3f} to {:.3f})".format(r["win_rate"], *r["ci95"])
-            )
-            say(f"  {r['b']:40.40} {counts}   {rate}")
+            low, high = r["ci95"] or (math.nan, math.nan)
+            rate = f"{r['win_rate'] or 0:.3f} ({low:.3f} to {high:.3f})"
+            say(f"  {r['b']:40.40} {counts}  {rate}")
     say(f"\n{'Elo (95 % interval)':42}")
     for name, r in sorted(result["elo"].items(), key=lambda item: -item[1]["elo"]):
         say(f"  {name:40.40} {r['elo']:4.0f} ({r['ci95'][0]:.0f} to {r['ci95'][1]:.0f})")
@@ -1408,6 +1396,10 @@ def main() -> None:
         else:
             one = os.environ.get("WORLD_SIZE", "1") == "1"
             check(one, f"--mode {ev.mode} is one process: python inverse_q.py --mode {ev.mode} ...")
+            try:
+                Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {cfg.output_dir}: {error}") from error
             {"evaluate": evaluate, "credit": credit}[ev.mode](cfg, ev)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -2046,6 +2046,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
                 (("--ds_config", ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
                 (("--output_dir", model_file), "File exists"),
                 (("--output_dir", model_file / "x"), "Not a directory"),
+                (("--output_dir", model_file / "x", "--mode", "credit"), "Not a directory"),
                 (ran("--alpha", 1.5, "--learning_rate", 1e-4),
                  "holds a run with alpha 1.4 there, 1.5 here; learning_rate 0.001 there, 0.0001 h"),
                 (ran(*data('{"prompt": "x"}\n')), "data_crc32"),
