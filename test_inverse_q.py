@@ -1892,6 +1892,7 @@ def test_credit_equals_the_oracle_and_the_page_is_inert(toy, tmp_path):
     assert set(tags) == {"html", "meta", "title", "style", "h1", "small", "p", "span"}
     assert tags["span"] == 2 + sum(len(line["tokens"]) for line in lines)
     assert "<script>alert(1)</script>" in parser.text and "http" not in page
+    assert ">&lt;</span>" in page and "<<" not in page  # tokens, which split tags up, as well
     assert "\x1b[2J" not in run.stdout and "\\x1b[2J" in run.stdout
 
 
