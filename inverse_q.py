@@ -1336,11 +1336,9 @@ def credit(cfg: Config, ev: Evaluation) -> None:
     join_ranks()
     superior, tables = SuperiorPolicy(cfg, ds_config), []
     for i, (x, y) in enumerate(zip(prompts, given, strict=True)):
-        if y:
-            ids = chat.tokenizer(y, add_special_tokens=False)["input_ids"]
-            sample = Sample(i, x, chat.ids(x), chat.ids(chat.with_principle(x)), ids, y)
-        else:
-            sample = replace(next(answers), index=i)
+        ids = None if y else next(answers).response_ids
+        ids = ids or chat.tokenizer(y, add_special_tokens=False)["input_ids"]
+        sample = Sample(i, x, chat.ids(x), chat.ids(chat.with_principle(x)), ids)
         tables.append(token_table(superior, sample, chat.tokenizer))
     credits = torch.tensor([a for line, _ in tables for a in line["credit"]])
     scale = max(0.01, credits.abs().quantile(0.95).item())
