@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # ./run.sh                 make a tiny world, run Inverse-Q* in it and judge what came out
 # ./run.sh test            run the tests
+# ./run.sh bench           measure time and memory, write bench.json
 # ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or 2 CPU ranks
+# ./run.sh --mode M ...    python inverse_q.py --mode M ..., for evaluate and credit
 # The first call makes .venv from requirements.txt; later ones start at once.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -37,6 +39,10 @@ ranks=$((gpus > 0 ? gpus : 2))
 
 if [ "${1:-}" = test ]; then
   exec python -m pytest "$here/test_inverse_q.py" "${@:2}"
+elif [ "${1:-}" = bench ]; then
+  exec python "$here/test_inverse_q.py" bench "${@:2}"
+elif [[ " $*" == *" --mode"* ]]; then # evaluate and credit are one process
+  exec python "$here/inverse_q.py" "$@"
 elif [ $# -gt 0 ]; then
   exec deepspeed --num_gpus "$ranks" "$here/inverse_q.py" "$@"
 fi
