@@ -1960,19 +1960,15 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
     assert error < 8e-4 * moved, (error, moved)
 
 
-def test_one_rank_and_two_ranks_give_the_same_run(toy, run_2, tmp_path):
-    train(toy, tmp_path, 1, *TRAINING, "--activation_checkpointing", False)  # nor does that matter
+@pytest.mark.parametrize("ranks, options", [(1, ("--activation_checkpointing", False)),
+                                            (2, ("--tensor_parallel_size", 2))])  # fmt: skip
+def test_ranks_checkpointing_and_tensor_parallel_sampling_change_no_run(toy, run_2, tmp_path, ranks, options):
+    train(toy, tmp_path, ranks, *TRAINING, *options)
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         assert read_jsonl(tmp_path / "samples" / file) == read_jsonl(run_2[0] / "samples" / file)
     for kind in ("step", "epoch"):
         for a, b in zip(metrics(tmp_path, kind), metrics(run_2[0], kind), strict=True):
-            for key in (
-                "loss",
-                "kl",
-                "tokens",
-                "samples",
-                *(["grad_norm"] if kind == "step" else []),
-            ):
+            for key in ("loss", "kl", "tokens", "samples", *(["grad_norm"] if kind == "step" else [])):
                 assert a[key] == pytest.approx(b[key], rel=2e-4), key
 
 
@@ -2600,6 +2596,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
                 (("--positive_model", other), "its vocabulary has to be that of"),
                 (("--positive_model", capped), "caps or scales its logits"),
                 (("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
+                (("--tensor_parallel_size", 3), "--tensor_parallel_size 3: has to divide the number of ranks, 1"),
                 (("--epochs", 0), "--epochs 0: has to be from 1"),
                 (("--max_new_tokens", 5000), "5300, to its 1024 positions"),
                 (("--ds_config", tmp_path / "no.json"), "no.json: not a JSON file"),
