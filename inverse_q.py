@@ -52,6 +52,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, replace
@@ -166,10 +167,10 @@ def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def soft_label_loss(h: Tensor, weight: Tensor, bias: Tensor | None, labels, chunk: int = 512):
     """Output layer and soft-label cross-entropy in one pass (sec. 4.1). h: the policy's final hidden states at the
     positions that predict response tokens, [T, d]; weight [V, d] and bias [V] or None: its output layer; labels(rows):
-    logits of pi_hat for a slice of the T tokens, [t, V]. Returns two *sums* over the tokens, in nats: H(pi_hat,
-    pi_theta), which has a gradient and wants dividing by N, and H(pi_hat). Their difference is KL(pi_hat || pi_theta).
-    The gradient, in closed form, is made together with the loss, `chunk` tokens at a time: no [T, V] tensor outlives
-    its chunk, and peak memory does not grow with T x V."""
+    logits of pi_hat, or log pi_hat, for a slice of the T tokens, [t, V]. Returns two *sums* over the tokens, in nats:
+    H(pi_hat, pi_theta), which has a gradient and wants dividing by N, and H(pi_hat). Their difference is KL(pi_hat ||
+    pi_theta). The gradient, in closed form, is made together with the loss, `chunk` tokens at a time: no [T, V] tensor
+    outlives its chunk, and peak memory does not grow with T x V. One backward pass alone: it uses the gradient up."""
     return _SoftLabelLoss.apply(h, weight, bias, labels, chunk)
 
 class _SoftLabelLoss(torch.autograd.Function):
@@ -400,8 +401,7 @@ def join_ranks() -> None:
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     # An orderly exit may wait for ranks that wait for it. The sleep is for stop_at_once(), if all are being stopped.
-    tell = sys.excepthook
-    sys.excepthook = lambda *error: (time.sleep(2), tell(*error), sys.stderr.flush(), os._exit(1))
+    sys.excepthook = lambda *error, tell=sys.excepthook: (time.sleep(2), tell(*error), sys.stderr.flush(), os._exit(1))
 
 def stop_at_once() -> None:
     """SIGTERM, Ctrl-C and the end of DeepSpeed's launcher end this rank at once: what is on disk is whole always."""
@@ -737,9 +737,8 @@ def load_tokenizer(cfg: Config):
             raise UserError(f"{name}: no model folder or hub id that loads ({error})") from error
         have = getattr(config, "max_position_embeddings", None) or need
         check(need <= have, f"{name}: lower --max_prompt_tokens + --max_new_tokens, {need}, to its {have} positions")
-        scales = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        linear = all(getattr(config, scale, None) in (None, 1) for scale in scales)
-        check(linear, f"{name}: unsupported, it caps or scales its logits after the output layer")
+        scales = {getattr(config, s, None) for s in ("final_logit_softcapping", "logits_scaling", "logit_scale")}
+        check(scales <= {None, 1}, f"{name}: unsupported, it caps or scales its logits after the output layer")
         check(found[name] == found[cfg.model], f"{name}: its vocabulary has to be that of {cfg.model}")
     return AutoTokenizer.from_pretrained(cfg.model, **how)
 
@@ -880,6 +879,7 @@ def main(run: Callable = train, configs: tuple[type, ...] = (Config,)) -> None:
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else .bin weights ask the hub
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # two noisy libraries
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
