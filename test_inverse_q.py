@@ -1583,6 +1583,24 @@ def test_activation_checkpointing_runs_layers_again_on_the_way_back(on):
     assert len(calls) == 1 + on
 
 
+def test_method_flop_is_what_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, (s,) = small_llama(0), some_samples(1)
+    for p in model.parameters():
+        p.ds_numel = p.numel()  # as under ZeRO-3
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            h_0, _ = (
+                q.final_states(model.model, [x], [s.response_ids]) for x in (s.prompt_ids, s.principle_prompt_ids)
+            )
+        loss, _ = q.Policy(model, False)([s], lambda rows: q.logits(h_0[rows], model.lm_head.weight.detach(), None))
+        loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for name, n in counts.items() if "attention" not in str(name))
+    assert q.method_flop(model, [s]) == pytest.approx(products, rel=0.01)
+
+
 @pytest.fixture
 def one_rank(monkeypatch):
     monkeypatch.setattr(q.dist, "get_rank", lambda: 0)
