@@ -2715,8 +2715,10 @@ def test_run_sh_passes_options_and_exit_code_on(toy, tmp_path):
 
 def test_help_names_every_option_and_its_source():
     out = subprocess.run([sys.executable, HERE / "inverse_q.py", "--help"], capture_output=True, text=True)
+    readme = (HERE / "README.md").read_text()
     for field in dataclasses.fields(q.Config):
-        assert f"--{field.name}" in out.stdout
+        assert f"--{field.name}" in out.stdout and f"| `--{field.name}` |" in readme, field.name
+    assert all(f"--{field.name}" in readme for field in dataclasses.fields(Evaluation))
     assert "(sec. 5)" in out.stdout and "our choice" in out.stdout
 
 
