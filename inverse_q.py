@@ -609,8 +609,8 @@ class Run:
     first: no kill leaves half of one. The state is DeepSpeed's checkpoint."""
 
     # What may differ when a run goes on: it changes where and how long it runs, its speed, or roundings alone.
-    FREE = ("output_dir", "overwrite", "epochs", "micro_batch_tokens", "activation_checkpointing", "ds_config",
-            "gpu_memory_utilization", "tensor_parallel_size", "zero_optimization", "versions")  # fmt: skip
+    FREE = ("epochs", "tensor_parallel_size", "train_batch_size", "gpu_memory_utilization", "activation_checkpointing",
+            "micro_batch_tokens", "zero_optimization", "ds_config", "output_dir", "overwrite", "versions")  # fmt: skip
 
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")

@@ -2635,7 +2635,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
                 (("--output_dir", model_file), "Not a directory"),
                 (("--output_dir", model_file / "x"), "Not a directory"),
                 (ran("--alpha", 1.5, "--learning_rate", 1e-4),
-                 "holds another run, use its settings or --overwrite: alpha 1.4 there, 1.5 here; l"),
+                 "holds another run, use its settings or --overwrite: alpha 1.4 there, 1.5 here; learning_rate"),
                 (ran(*data('{"prompt": "x"}\n')), "data_crc32"),
                 (ran("--ds_config", ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 t"),
             ]
