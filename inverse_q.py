@@ -96,10 +96,10 @@ class Config:
     """The command line: every field is an option of the same name."""
 
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
-    mode: Literal["train", "evaluate", "credit"] = option("train", "The others stand in test_inverse_q.py: see README.")
+    mode: Literal["train", "evaluate", "credit", "alpha"] = option("train", "Others are in test_inverse_q.py: README.")
     data: str = option("Anthropic/hh-rlhf", "Prompts (sec. 5.1): hub data sets or .jsonl and .json files, by commas.")
     eval_data: str | None = option(None, "Held-out prompts: kl and length on them every epoch.")
-    eval_samples: Count = option(100, "Prompts of --eval_data, --mode evaluate and --mode credit.")
+    eval_samples: Count = option(100, "Prompts of --eval_data, and of the other modes.")
     principle: str | None = option(None, "Shown to pi_plus (sec. 4.2) instead of the built-in one.")
     positive_model: str | None = option(None, "pi_plus if not pi_0: an aligned model (sec. 5).")
     negative_model: str | None = option(None, "pi_0 if not --model: its SFT model (sec. 5).")

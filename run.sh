@@ -3,7 +3,7 @@
 # ./run.sh test            run the tests
 # ./run.sh bench           measure time and memory, write bench.json
 # ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or 2 CPU ranks
-# ./run.sh --mode M ...    python inverse_q.py --mode M ..., for evaluate and credit
+# ./run.sh --mode M ...    python inverse_q.py --mode M ..., for evaluate, credit and alpha
 # The first call makes .venv from requirements.txt; later ones start at once.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -41,7 +41,7 @@ if [ "${1:-}" = test ]; then
   exec python -m pytest "$here/test_inverse_q.py" "${@:2}"
 elif [ "${1:-}" = bench ]; then
   exec python "$here/test_inverse_q.py" bench "${@:2}"
-elif [[ " $*" == *" --mode"* ]]; then # evaluate and credit are one process
+elif [[ " $*" == *" --mode"* ]]; then # these are one process
   exec python "$here/inverse_q.py" "$@"
 elif [ $# -gt 0 ]; then
   exec deepspeed --num_gpus "$ranks" "$here/inverse_q.py" "$@"
