@@ -34,7 +34,6 @@ SECTIONS  Config, The core, Data, Prompts, Ranks, Sampling, Superior policy, Pol
 SHAPES    B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary
 """
 
-import bisect
 import fcntl
 import gzip
 import itertools
@@ -120,6 +119,7 @@ class Config:
     trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
     ds_config: str = option(str(Path(__file__).with_name("ds_config.json")), "DeepSpeed's own settings (our choice).")
     output_dir: str = option("out", "Folder for all that is written; a run in it is continued.")
+    save_every: Count = option(1, "Epochs from one save to the next; a stop loses what came after (our choice).")
     overwrite: bool = option(False, "Delete the run in --output_dir and start anew.")
     seed: Annotated[int, 0, 2**32 - 1] = option(0, "Of prompt order and sampling (our choice).")
 
@@ -417,7 +417,7 @@ def stop_at_once() -> None:
     def watch() -> None:
         while not select.select([told], [], [], 1)[0] and psutil.Process().parents()[:n] == launchers:
             pass
-        say("Stopped. The same command goes on after what was finished, an epoch or a verdict.")
+        say("Stopped. The same command goes on after what was saved last, an epoch or a verdict.")
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -449,7 +449,6 @@ class Sampler:
             cfg.model,
             dtype=cfg.dtype,
             trust_remote_code=cfg.trust_remote_code,
-            seed=cfg.seed,
             max_model_len=length,
             max_num_batched_tokens=max(8192, length),
             enable_chunked_prefill=gpu,  # with it, seeded requests fail on a CPU in vLLM 0.32.0
@@ -597,8 +596,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
         return batches
 
     n = -(-len(split(budget)) // ranks) * ranks
-    # The smallest cap that takes no more of them: their number falls as the cap grows.
-    cap = bisect.bisect_left(range(budget), -n, key=lambda cap: -len(split(cap)))
+    cap = next((cap for cap in range(sum(lengths) // n, budget) if len(split(cap)) <= n), budget)
     batches = (split(cap) + [[]] * n)[:n]
     return [batches[i : i + ranks] for i in range(0, n, ranks)]
 
@@ -609,8 +607,9 @@ class Run:
     first: no kill leaves half of one. The state is DeepSpeed's checkpoint."""
 
     # What may differ when a run goes on: it changes where and how long it runs, its speed, or roundings alone.
-    FREE = ("epochs", "tensor_parallel_size", "train_batch_size", "gpu_memory_utilization", "activation_checkpointing",
-            "micro_batch_tokens", "zero_optimization", "ds_config", "output_dir", "overwrite", "versions")  # fmt: skip
+    FREE = ("epochs", "save_every", "micro_batch_tokens", "activation_checkpointing", "gpu_memory_utilization",
+            "tensor_parallel_size", "train_batch_size", "zero_optimization", "ds_config", "output_dir", "overwrite",
+            "versions")  # fmt: skip
 
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
@@ -692,7 +691,7 @@ class Run:
         on_rank_0(save)
 
     def save_state(self, engine, epoch: int) -> None:
-        """What training goes on from. The epoch is done when done.json says so; then every other state goes."""
+        """What training goes on from. The epoch is safe when done.json says so; then every other state goes."""
         state = self.state / f"epoch-{epoch:03d}"
         try:
             engine.save_checkpoint(str(self.state), state.name, save_latest=False)
@@ -866,8 +865,9 @@ def train(cfg: Config) -> None:
         record = epoch_record(samples, steps, clock, method_flop(policy.model, samples) / peak) | held_out_record
         on_rank_0(run.log, engine.monitor, "epoch", epoch, step, record)
         say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
-        run.save_model(policy.model, tokenizer)
-        run.save_state(engine, epoch)
+        if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
+            run.save_model(policy.model, tokenizer)
+            run.save_state(engine, epoch)
     seconds = [time.perf_counter() - clock[0], *(record[f"{part}_seconds"] for part in ("sync", "sample", "train"))]
     say("The last epoch took {:.1f} s: {:.1f} sync, {:.1f} sampling, {:.1f} contrast and fit".format(*seconds))
     say(f"The trained model is {run.folder / 'model'}")

@@ -451,11 +451,14 @@ def evaluate(cfg, ev):
     if ev.reward_model:
         check_reward_model(cfg, ev.reward_model)
     names, path = [cfg.model, *ev.against], Path(cfg.output_dir, "verdicts.jsonl")
-    for name in names:
-        tokenizer = q.load_tokenizer(dataclasses.replace(
-            cfg, model=name.removesuffix("+principle"), negative_model=None, positive_model=None))  # fmt: skip
-    prompts, _, records = q.load_prompts(cfg, q.Chat(tokenizer, cfg.principle), "test")
-    drawn = q.draw_prompts(len(prompts), min(cfg.eval_samples, len(prompts)), 1, cfg.seed)
+    chats = []
+    for name in dict.fromkeys(name.removesuffix("+principle") for name in names):
+        own = dataclasses.replace(cfg, model=name, negative_model=None, positive_model=None)
+        chats.append(q.Chat(q.load_tokenizer(own), cfg.principle))
+    prompts, _, records = q.load_prompts(cfg, chats[0], "test")
+    fit = [i for i, x in enumerate(prompts) if all(chat.shorten(x, cfg.max_prompt_tokens) == x for chat in chats)]
+    q.check(fit, f"--max_prompt_tokens {cfg.max_prompt_tokens}: no prompt is as short as that for every model")
+    drawn = [fit[i] for i in q.draw_prompts(len(fit), min(cfg.eval_samples, len(fit)), 1, cfg.seed)]
     prompts, categories = [prompts[i] for i in drawn], [records[i].get("category") for i in drawn]
     texts = {name: [s.response for s in responses(cfg, name, prompts)] for name in names}
     games = []
@@ -1857,8 +1860,9 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
                 run.save_samples(f"epoch-{epoch:03d}", [q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")])
                 run.log(monitor, "step", epoch, epoch, {"step": epoch})
                 run.log(monitor, "epoch", epoch, epoch, {"loss": 0.1})
-                run.save_model(model, types.SimpleNamespace(save_pretrained=lambda new: None))
-                run.save_state(engine, epoch)
+                if epoch % cfg.save_every == 0 or epoch == epochs:
+                    run.save_model(model, types.SimpleNamespace(save_pretrained=lambda new: None))
+                    run.save_state(engine, epoch)
         finally:
             for lock in locks:  # as the end of a process would
                 os.close(lock)
@@ -1870,24 +1874,28 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_text() for p in names if p.name != "config.json"}
 
 
-def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike(tmp_path, monkeypatch, one_rank):
-    n = a_run(tmp_path / "whole", 3, monkeypatch)
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike(
+    save_every, tmp_path, monkeypatch, one_rank
+):
+    n = a_run(tmp_path / "whole", 3, monkeypatch, save_every=save_every)
     expected = contents(tmp_path / "whole")
-    assert expected["state/done.json"] == '{"epoch": 3}\n' and n > 60
+    assert expected["state/done.json"] == '{"epoch": 3}\n' and n > 40
     assert len(expected["metrics.jsonl"].splitlines()) == 6
     for kill_at in range(n):
         out = tmp_path / str(kill_at)
         with contextlib.suppress(Kill):
-            a_run(out, 3, monkeypatch, kill_at)
+            a_run(out, 3, monkeypatch, kill_at, save_every=save_every)
         done = out / "state" / "done.json"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
+        assert epoch in range(0, 3, save_every) or epoch == 3
         if epoch:  # the state that counts is whole
             state = out / "state" / f"epoch-{epoch:03d}"
             assert [p.read_text() for p in state.iterdir()] == [str(epoch)] * 2
         if (out / "model").exists():
             files = list((out / "model").iterdir())
             assert len({p.read_text() for p in files}) == 1 and len(files) == 2
-        a_run(out, 3, monkeypatch)
+        a_run(out, 3, monkeypatch, save_every=save_every)
         assert contents(out) == expected, kill_at
 
 
@@ -2319,12 +2327,13 @@ def test_a_run_goes_on_with_as_many_ranks_alone(toy, killed):
 def test_a_job_that_is_told_to_stop_or_loses_a_rank_ends_whole(toy, tmp_path, stop):
     """Within 30 s, no process is left, and a second job was refused the folder meanwhile."""
     out = tmp_path / "out"
-    options = settings(toy, out, "--epochs", 999, "--samples_per_epoch", 8)
+    options = settings(toy, out, "--epochs", 999, "--samples_per_epoch", 8, "--save_every", 3)
     process = subprocess.Popen(command(2, *options), start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     said = []
     threading.Thread(target=lambda: said.extend(process.stdout), daemon=True).start()
     wait_until(process, (out / "state" / "done.json").exists)
+    assert len(metrics(out, "epoch")) >= 3 and json.loads((out / "state" / "done.json").read_text())["epoch"] % 3 == 0
     family = psutil.Process(process.pid).children(recursive=True)
     if stop == "Ctrl-C":
         second = launch(1, *options, check=False)
@@ -2527,6 +2536,21 @@ def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
     assert asked == 0
     _, asked = judged(lambda text: "[[A]]", judge_model="another judge")
     assert asked == 400
+
+
+def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(judged, tokenizer, monkeypatch, tmp_path):
+    """The template of one of them is far longer for some questions."""
+    long = "{% if 'WHICH' in messages[-1].content %}{{ 'Gladly! ' * 1000 }}{% endif %}" + CHAT_TEMPLATE
+    templates = {"ours": CHAT_TEMPLATE, "x": long.replace("WHICH", "1")}
+    monkeypatch.setattr(q, "load_tokenizer", lambda cfg: chat_of(tokenizer, templates[cfg.model]).tokenizer)
+    short = [i for i in range(200) if "1" not in str(i)]
+    _, asked = judged(lambda text: "[[A]]", against=["x"])
+    assert asked == len(short) and sorted(re.findall(r"question (\d+)", "".join(Judge.asked)), key=int) == [
+        *map(str, short)
+    ]
+    templates["x"] = long.replace("WHICH", "question")
+    with pytest.raises(q.UserError, match="--max_prompt_tokens 1024: no prompt"):
+        judged(lambda text: "[[A]]", against=["x"])
 
 
 def test_an_evaluation_that_cannot_work_says_so_at_once(judged, tmp_path, monkeypatch):
