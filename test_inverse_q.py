@@ -331,12 +331,11 @@ def responses(cfg, name, prompts):
     return [q.Sample(**sample) for sample in json.loads(path.read_text())]
 
 
-def judge(ev, games, path):
+def judge(ev, template, games, path):
     """Ask for a verdict on every game, eight at a time, and write each down at once."""
     import openai
     from tqdm import tqdm
 
-    template = Path(ev.judge_template).read_text() if ev.judge_template else JUDGE
     client = openai.OpenAI(base_url=ev.judge_url, max_retries=5, timeout=120)
 
     def ask(game, first):
@@ -423,9 +422,11 @@ def rewards(cfg, ev, prompts, texts):
 
     scores = {name: [score(x, y) for x, y in zip(prompts, ys, strict=True)] for name, ys in texts.items()}
     first = scores[ev.against[0]]
-    middle, spread = statistics.fmean(first), statistics.pstdev(first) or math.nan
+    middle, spread = statistics.fmean(first), statistics.pstdev(first)
     means = {name: statistics.fmean(values) for name, values in scores.items()}
-    return {name: {"mean": mean, "increment": (mean - middle) / spread} for name, mean in means.items()}
+    return {
+        name: {"mean": mean, "increment": (mean - middle) / spread if spread else None} for name, mean in means.items()
+    }
 
 
 def check_reward_model(cfg, name):
@@ -442,10 +443,10 @@ def evaluate(cfg, ev):
     """Compare --model with each of --against by a judge (sec. 5.2), and by a reward model if there is one. Leaves
     verdicts.jsonl, of which a rerun asks for what is missing alone, and evaluation.json; prints tables."""
     q.check(ev.against, "--against: name at least one model to compare --model with")
-    q.check(
-        not ev.judge_template or Path(ev.judge_template).is_file(),
-        f"--judge_template {ev.judge_template}: no such file",
-    )
+    try:
+        template = Path(ev.judge_template).read_text() if ev.judge_template else JUDGE
+    except (OSError, ValueError) as error:
+        raise q.UserError(f"--judge_template {ev.judge_template}: cannot be read ({error})") from error
     key = os.environ.get("OPENAI_API_KEY")
     q.check(key, "OPENAI_API_KEY is not set; any value will do for a server that asks for none")
     if ev.reward_model:
@@ -467,12 +468,12 @@ def evaluate(cfg, ev):
         game |= {"text_a": texts[cfg.model][i], "text_b": texts[b][i]}
         game["conversation"] = "\n\n".join(f"{m['role']}: {m['content']}" for m in x)
         game["first"] = "both" if ev.judge_both_orders else random.Random(f"{cfg.seed}/{i}/{b}").choice("ab")
-        what = json.dumps([game, ev.judge_model, ev.judge_template])
+        what = json.dumps([game, ev.judge_model, template])
         games.append({**game, "key": f"{zlib.crc32(what.encode()):08x}"})
     path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a line after a kill
     known = {v["key"] for v in read_jsonl(path)}
-    judge(ev, [game for game in games if game["key"] not in known], path)
+    judge(ev, template, [game for game in games if game["key"] not in known], path)
     found = {v["key"]: v for v in read_jsonl(path)}
     verdicts = [found[game["key"]] for game in games]
 
@@ -497,7 +498,7 @@ def evaluate(cfg, ev):
     if ev.reward_model:
         q.say(f"\n{'reward (increment in standard deviations)':42}")
         for name, r in result["reward"].items():
-            q.say(f"  {name:40.40} {r['mean']:.3f} ({r['increment']:+.3f})")
+            q.say(f"  {name:40.40} {r['mean']:.3f} ({math.nan if r['increment'] is None else r['increment']:+.3f})")
 
 
 def teacher(cfg):
@@ -519,12 +520,8 @@ def teacher(cfg):
 
 def three_policies(superior, cfg, sample):
     """log pi_0, log pi_plus and log pi_hat at the response tokens of a sample, [3, T, V]."""
-    policies = []
-    for alpha, plausibility in (
-        (0, 0.0),
-        (1, 0.0),
-        (cfg.alpha, cfg.plausibility),
-    ):  # pi_hat is pi_0 for alpha 0, pi_plus for 1
+    policies, pi_0, pi_plus = [], (0, 0.0), (1, 0.0)  # as pi_hat of these alphas, with no cut
+    for alpha, plausibility in (pi_0, pi_plus, (cfg.alpha, cfg.plausibility)):
         superior.cfg = dataclasses.replace(cfg, alpha=alpha, plausibility=plausibility)
         policies.append(superior([sample])(slice(None)).log_softmax(-1))
     return torch.stack(policies)
@@ -2117,10 +2114,11 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
     assert error < 8e-4 * moved, (error, moved)
 
 
-@pytest.mark.parametrize("ranks, options", [(1, ("--activation_checkpointing", False)),
+@pytest.mark.parametrize("ranks, options", [(1, ("--activation_checkpointing", False, "--save_every", 9)),
                                             (2, ("--tensor_parallel_size", 2))])  # fmt: skip
 def test_ranks_checkpointing_and_tensor_parallel_sampling_change_no_run(toy, run_2, tmp_path, ranks, options):
     train(toy, tmp_path, ranks, *TRAINING, *options)
+    assert json.loads((tmp_path / "state" / "done.json").read_text()) == {"epoch": 2}  # the last is saved always
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         assert read_jsonl(tmp_path / "samples" / file) == read_jsonl(run_2[0] / "samples" / file)
     for kind in ("step", "epoch"):
@@ -2536,6 +2534,9 @@ def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
     assert asked == 0
     _, asked = judged(lambda text: "[[A]]", judge_model="another judge")
     assert asked == 400
+    for text in ("{first} or {second}?", "{second} or {first}?"):  # what counts is what is asked
+        _, asked = judged(lambda text: "[[A]]", judge_template=write(tmp_path / "template.txt", text))
+        assert asked == 400
 
 
 def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(judged, tokenizer, monkeypatch, tmp_path):
@@ -2555,7 +2556,7 @@ def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(judged, to
 
 def test_an_evaluation_that_cannot_work_says_so_at_once(judged, tmp_path, monkeypatch):
     no_file = {"judge_template": "no"}
-    for options, message in (({"against": []}, "name at least"), (no_file, "no such file")):
+    for options, message in (({"against": []}, "name at least"), (no_file, "--judge_template no: cannot be read")):
         with pytest.raises(q.UserError, match=message):
             judged(lambda text: "[[A]]", **options)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -2583,6 +2584,7 @@ def test_a_judge_that_is_down_loses_nothing(judged, tmp_path, monkeypatch):
 
 def test_rewards_are_the_scores_of_the_reward_model(judged, tokenizer, tmp_path, capsys):
     """Against a forward in float64, in either format; only what is no reward model is refused."""
+    from tokenizers import processors
     from transformers import LlamaForSequenceClassification
 
     config = make_llama(vocab_size=len(tokenizer)).config
@@ -2593,6 +2595,8 @@ def test_rewards_are_the_scores_of_the_reward_model(judged, tokenizer, tmp_path,
         model.save_pretrained(tmp_path / name)
         own = copy.deepcopy(tokenizer)
         own.chat_template = template
+        special = {"single": "<s> $A", "special_tokens": [("<s>", 0)]}  # before plain text, as Llama's
+        own.backend_tokenizer.post_processor = processors.TemplateProcessing(**special)
         own.save_pretrained(tmp_path / name)
         if outputs == 2:
             with pytest.raises(q.UserError, match="two: has 2 outputs, a reward model has 1"):
