@@ -41,7 +41,7 @@ if [ "${1:-}" = test ]; then
   exec python -m pytest "$here/test_inverse_q.py" "${@:2}"
 elif [ "${1:-}" = bench ]; then
   exec python "$here/test_inverse_q.py" bench "${@:2}"
-elif [[ " $*" == *" --mode"* ]]; then # these are one process
+elif [[ " $* " =~ " --mode"[=\ ](evaluate|credit|alpha)" " ]]; then # these are one process
   exec python "$here/inverse_q.py" "$@"
 elif [ $# -gt 0 ]; then
   exec deepspeed --num_gpus "$ranks" "$here/inverse_q.py" "$@"

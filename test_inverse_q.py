@@ -430,6 +430,7 @@ def rewards(cfg, ev, prompts, texts):
 
 
 def check_reward_model(cfg, name):
+    """Before any model loads: it can be found, and gives one number."""
     from transformers import AutoConfig
 
     try:
@@ -485,8 +486,13 @@ def evaluate(cfg, ev):
     if ev.reward_model:
         result["reward"] = rewards(cfg, ev, prompts, texts)
     Path(cfg.output_dir, "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    for title, rows in (("all prompts", result["pairs"]), *parts.items()):
-        q.say(f"\n{cfg.model}, {title}\n{'against':42}  win  tie lose none  win rate, 95 % interval")
+    say_tables(cfg.model, result)
+
+
+def say_tables(model, result):
+    """Print what evaluation.json holds."""
+    for title, rows in (("all prompts", result["pairs"]), *result["categories"].items()):
+        q.say(f"\n{model}, {title}\n{'against':42}  win  tie lose none  win rate, 95 % interval")
         for r in rows:
             counts = " ".join(f"{r[key]:4}" for key in ("win", "tie", "lose", "no_verdict"))
             low, high = r["ci95"] or (math.nan, math.nan)
@@ -495,7 +501,7 @@ def evaluate(cfg, ev):
     q.say(f"\n{'Elo (95 % interval)':42}")
     for name, r in sorted(result["elo"].items(), key=lambda item: -item[1]["elo"]):
         q.say(f"  {name:40.40} {r['elo']:4.0f} ({r['ci95'][0]:.0f} to {r['ci95'][1]:.0f})")
-    if ev.reward_model:
+    if "reward" in result:
         q.say(f"\n{'reward (increment in standard deviations)':42}")
         for name, r in result["reward"].items():
             q.say(f"  {name:40.40} {r['mean']:.3f} ({math.nan if r['increment'] is None else r['increment']:+.3f})")
@@ -520,11 +526,11 @@ def teacher(cfg):
 
 def three_policies(superior, cfg, sample):
     """log pi_0, log pi_plus and log pi_hat at the response tokens of a sample, [3, T, V]."""
-    policies, pi_0, pi_plus = [], (0, 0.0), (1, 0.0)  # as pi_hat of these alphas, with no cut
-    for alpha, plausibility in (pi_0, pi_plus, (cfg.alpha, cfg.plausibility)):
-        superior.cfg = dataclasses.replace(cfg, alpha=alpha, plausibility=plausibility)
+    policies = []
+    for alpha in (0, 1):  # pi_0 and pi_plus are pi_hat of these, with no cut
+        superior.cfg = dataclasses.replace(cfg, alpha=alpha, plausibility=0.0)
         policies.append(superior([sample])(slice(None)).log_softmax(-1))
-    return torch.stack(policies)
+    return torch.stack([*policies, q.superior_policy(*policies, cfg.alpha, cfg.plausibility)])
 
 
 IMPLAUSIBLE = 0.1  # the usual cut of contrastive decoding (Li et al. 2023)
@@ -2633,6 +2639,22 @@ def test_the_cut_is_pi_hats_alone():
         torch.testing.assert_close(got[i].double().exp(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_the_process_that_samples_dies_with_the_one_that_wants_the_samples(tmp_path):
+    code = """
+import subprocess, sys, time, test_inverse_q as t
+if len(sys.argv) == 3:
+    subprocess.run([sys.executable, "-c", *sys.argv[2:], sys.argv[1]])
+t.q.join_ranks = lambda: print("samples", flush=True) or time.sleep(600)
+t.respond(sys.argv[1])
+"""
+    request = write(tmp_path / "request.json", json.dumps({"cfg": {"model": "m"}, "prompts": []}))
+    parent = subprocess.Popen([sys.executable, "-c", code, request, code], cwd=HERE, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"samples\n"
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    assert psutil.wait_procs([child], timeout=10)[1] == []
+
+
 def test_credit_equals_the_oracle_and_the_page_is_inert(toy, tmp_path):
     """Two frozen models; responses of its own and given ones, one of them hostile. The sweep over alpha, which reads
     the same responses. Neither needs what only the tests need."""
@@ -2929,9 +2951,12 @@ print(model.lm_head.weight.dtype, json.dumps(model.model.rotary_emb.inv_freq.tol
 
 
 def test_run_sh_passes_options_and_exit_code_on(toy, tmp_path):
-    command = [HERE / "run.sh", "--model", tmp_path / "none", "--data", toy / "data.jsonl"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "none: no model folder or hub id" in result.stdout
+    """Training goes through DeepSpeed's launcher, what looks at a model does not."""
+    for mode, launched in ((), True), (("--mode", "train"), True), (("--mode=credit",), False):
+        command = [HERE / "run.sh", "--model", tmp_path / "none", "--data", toy / "data.jsonl", *mode]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 2 and "none: no model folder or hub id" in result.stdout
+        assert ("launch.py" in result.stdout + result.stderr) == launched, mode
 
 
 def test_help_names_every_option_and_its_source():
