@@ -4,7 +4,7 @@
     python -m experiments.ablations [FOLDER]     or ./run.sh ablations [FOLDER]
 
 This is Inverse-Q* once more, in plain PyTorch and transformers, around the core of inverse_q.py.
-The main row is what ./run.sh does, for five epochs instead of ten. Every other row changes what its
+The main row is what ./run.sh does. Every other row changes what its
 name says. Each has three seeds. The metric is the paper's (sec. 5.4), win minus loss: how many
 percent of held-out requests a model alone answers well, minus how many the base model alone does.
 FOLDER gets ablations.json and ablations.png, and a base model if it has none.
@@ -27,7 +27,7 @@ from experiments import tiny_world as world
 from inverse_q import logits, soft_label_loss, superior_policy
 
 SEEDS = (0, 1, 2)
-EPOCHS, SAMPLES, BATCH_SIZE, LEARNING_RATE = 5, 256, 16, 1e-4
+EPOCHS, SAMPLES, BATCH_SIZE, LEARNING_RATE = 6, 256, 16, 1e-4
 
 
 @dataclass(frozen=True)
