@@ -2,12 +2,10 @@
 """Inverse-Q*: align a language model without preference data, reward model or value model.
 
 The method of "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language Models
-Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874), in one file that
-reads from top to bottom. Our copy of the paper has lost its formulas; equations 5 to 10 are
-reconstructed from its text.
+Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874). Our copy of the
+paper has lost its formulas; equations 5 to 10 are reconstructed from its text.
 
 THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t its next token.
-
   pi_theta  the policy in training
   pi_0      the base model, frozen at the weights that training starts from
   pi_plus   the same frozen model, shown a principle in its system message; or an aligned model
@@ -17,13 +15,12 @@ THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t 
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
 These two lines are all that training computes. One epoch (sec. 5) has three steps:
-
   1. Sample a response to each of 500 prompts from the current policy (vLLM).
   2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat (ZeRO-3).
   3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N (ZeRO-3).
 
-WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. beta weighs the KL.
-
+WHY IT IS REINFORCEMENT LEARNING.  What follows explains the loss and never enters it. beta is the
+weight of the KL penalty.
   reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]            (eq. 6)
   objective        J(pi) = E_pi[r] - beta KL(pi || pi_0) = -beta KL(pi || pi_hat)       (eq. 3, 5)
   value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)  (eq. 7-10)
@@ -32,14 +29,14 @@ WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. b
 J is largest at pi_hat, and L pulls pi_theta there: up to a constant it is KL(pi_hat || pi_theta) at
 each token of the policy's samples. Lemma 4.1: by J, no mixture of pi_theta and pi_hat is worse than
 pi_theta, if distributions over whole responses are mixed; mixtures token by token are not covered.
-A prefix is worth its own reward, so no critic is learnt. The paper does not print the credit, which
-is V(s_{t+1}) - V(s_t).
+A prefix is worth its own reward, so no critic is learnt. The paper does not print the credit: it is
+V(s_{t+1}) - V(s_t).
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy; fresh
              prompts in every epoch, and one response to each.
-  Batch      16 samples per optimizer step: the paper's micro-batch of 2 on 8 GPUs. N counts the
-             response tokens of an optimizer step, over all micro-batches and ranks.
+  Batch      16 samples an optimizer step, the paper's 2 on 8 GPUs; an epoch's last step has the
+             rest. N counts the response tokens of the step, over all micro-batches and ranks.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
   Labels     The whole vocabulary at every response token, the end token included. A response that
              was cut at the limit has no end token, and is fitted as far as it goes.
@@ -76,13 +73,18 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import jinja2
+import psutil
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-# vLLM, DeepSpeed and transformers are imported where they are used: the core needs PyTorch alone.
+# vLLM, DeepSpeed and transformers are imported where they are used, because they take seconds.
+# The helpers say(), gather(), check() and UserError stand at the end, with the rest of the job.
 
 # ---------------------------------------------------------------------------------------- Config --
 # In our own words, after the content of the paper's (app. C).
@@ -115,7 +117,7 @@ class Config:
     # Prompts and responses.
     data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
     eval_data: str | None = option(None, "Held-out prompts, for the kl that an epoch starts from.")
-    eval_samples: int = option(100, "Prompts taken from --eval_data.")
+    eval_samples: int = option(100, "Prompts drawn from --eval_data.")
     max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle.")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
     temperature: float = option(1.0, "Of sampling.")
@@ -132,9 +134,7 @@ class Config:
     activation_checkpointing: bool = option(True, "Less memory, more work.")
     gpu_memory_utilization: float = option(0.5, "vLLM's share in sampling.")
     tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
-    ds_config: str = option(
-        str(Path(__file__).with_name("ds_config.json")), "DeepSpeed's own settings, a JSON file."
-    )
+    ds_config: str = option(f"{Path(__file__).parent}/ds_config.json", "DeepSpeed's own settings.")
     trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
     output_dir: str = option("out", "Folder for what is written; a run in it is resumed.")
     save_every: int = option(1, "Epochs from one save to the next.")
@@ -150,15 +150,16 @@ class Config:
 # -------------------------------------------------------------------------------------- The core --
 # Pure functions of tensors, which need PyTorch alone and can be pasted into another codebase.
 
+Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response tokens, [t, V]
+
 
 def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
 
-    z_0 and z_plus are the logits of pi_0 and pi_plus, [..., V], float32 or wider: alpha multiplies
-    their difference. Log-probabilities give the same result, because a constant in a row goes into
-    Z. With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0, as
-    in contrastive decoding (Li et al. 2023): alpha above 1 also lifts what both models find absurd.
-    """
+    z_0 and z_plus are logits or log-probabilities of pi_0 and pi_plus, [..., V], float32 or wider:
+    alpha multiplies their difference. With plausibility p > 0, tokens v with pi_plus(v) < p max_u
+    pi_plus(u) get probability 0, as in contrastive decoding (Li et al. 2023): alpha above 1 also
+    lifts what both models find absurd."""
     z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
         threshold = z_plus.amax(-1, keepdim=True) + math.log(plausibility)
@@ -170,16 +171,14 @@ def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: flo
 def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: float = 1) -> Tensor:
     """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)], [..., T] (from eq. 6-10).
 
-    log_pi_hat and log_pi_0 are [..., T, V]; tokens holds the ids a_t, [..., T]. For beta = 1 the
-    unit is nats. The sum over t is the reward of the response (eq. 6).
-    """
-    log_ratio = log_pi_hat - log_pi_0
-    return beta * log_ratio.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    The policies are [..., T, V], the tokens a_t [..., T]; the unit is nats for beta = 1. The sum
+    over t is the reward of the response (eq. 6)."""
+    return beta * (log_pi_hat - log_pi_0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 if they are bfloat16, whose steps of 0.125 at 16 are too coarse here."""
-    if a.dtype != torch.bfloat16:
+    """a @ b; of half-width types in float32, because bfloat16 has steps of 0.125 from 16 on."""
+    if a.dtype.itemsize > 2:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
@@ -190,22 +189,17 @@ def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return z if bias is None else z + bias
 
 
-Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response tokens, [t, V]
-
-
 def soft_label_loss(
     h: Tensor, weight: Tensor, bias: Tensor | None, labels: Labels, tokens: Tensor, chunk: int = 192
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
 
     h [T, d] holds the policy's final hidden states at the positions that predict the response
-    tokens, which are tokens [T]; weight [V, d] and bias [V] or None are the output layer.
-
-    Returns two sums over the tokens, in nats: H(pi_hat, pi_theta), to be divided by N, and
-    H(pi_hat); their difference is KL(pi_hat || pi_theta). And log pi_theta(a_t|s_t), [T]. Only the
-    first has a gradient, in closed form. It is made together with the loss, `chunk` tokens at a
-    time, so that no [T, V] tensor ever exists, and serves a single backward pass.
-    """
+    tokens, which are tokens [T]; weight [V, d] and bias [V] or None are the output layer. Returns
+    two sums over the tokens, in nats: H(pi_hat, pi_theta), to be divided by N, and H(pi_hat); their
+    difference is KL(pi_hat || pi_theta). And log pi_theta(a_t|s_t), [T]. Only the first has a
+    gradient, for a single backward pass. It is made in closed form together with the loss, `chunk`
+    tokens at a time, so that no [T, V] tensor ever exists."""
     fit = torch.is_grad_enabled()  # Inside forward() it never is.
     return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, fit)
 
@@ -235,26 +229,24 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # pi_theta - pi_hat, in place because these are the largest tensors. The factor 1/N of
-            # dL/dlogits comes in backward(), as part of scale.
+            # In place, because these are the largest tensors. The factor 1/N comes in backward().
             pi_theta = log_pi_theta.exp_()
-            grad_logits = pi_theta.sub_(pi_hat)  # [t, V]
+            grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [t, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
             if bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(h.dtype)
             grad_h[rows] = matmul(grad_logits, weight)
             grad_weight += matmul(grad_logits.t(), h[rows])
-
         if fit:
-            grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-            ctx.gradients = grad_h, grad_weight.to(weight.dtype), grad_bias
+            gradients = grad_h, grad_weight, grad_bias
+            ctx.gradients = [None if g is None else g.to(h.dtype) for g in gradients]
         ctx.mark_non_differentiable(entropy, log_pi_tokens)
         return cross_entropy, entropy, log_pi_tokens
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # They are large: scaled in place and kept by nobody else, they become .grad uncopied.
+        # Scaled in place and kept by nobody else, these large tensors become .grad uncopied.
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(scale) for g in gradients), *[None] * 4
 
@@ -262,35 +254,33 @@ class SoftLabelLoss(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------ Data --
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # how a turn begins in HH-RLHF's texts
-ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"Human": "user", "Assistant": "assistant"}
 
 
-def messages_of(conversation: str | list[Message]) -> list[Message]:
-    """The turns of a conversation: messages, HH text, or the text of one user turn."""
+def turns_of(conversation: str | list[Message]) -> list[tuple[str, str]]:
+    """(role, text) of every turn of messages, of an HH text, or of the text of one user turn."""
     if isinstance(conversation, list):
-        turns = [(turn["role"], turn["content"]) for turn in conversation]
+        turns = [(message["role"], message["content"]) for message in conversation]
     elif HH_TURN.match(conversation):
         _, *parts = HH_TURN.split(conversation)
         turns = list(zip(parts[::2], parts[1::2], strict=True))
     else:
         turns = [("user", conversation)]
     "".join(text for _, text in turns).encode()  # A lone surrogate is a ValueError.
-    return [{"role": ROLES[role], "content": text.strip()} for role, text in turns]
+    return [(ROLES[role], text.strip()) for role, text in turns]
 
 
 def prompt_of(record: dict) -> list[Message]:
     """The prompt of a record, whose last turn is the user's, or [] if it has none.
-
     It is `prompt` or `messages`, or else the turns that `chosen` and `rejected` begin with alike
-    (sec. 5.1). Turns are compared, not characters: in one of five HH pairs the two final replies
-    begin with the same characters. Two plain texts are two replies, and share no prompt.
-    """
+    (sec. 5.1): turns, because in one of five HH pairs the two final replies begin with the same
+    characters. Two plain texts are two replies, and share no prompt."""
     if "prompt" in record or "messages" in record:
-        turns = messages_of(record["prompt"] if "prompt" in record else record["messages"])
+        turns = turns_of(record["prompt"] if "prompt" in record else record["messages"])
     else:
         sides = record["chosen"], record["rejected"]
-        pairs = zip(*map(messages_of, sides), strict=False)
+        pairs = zip(*map(turns_of, sides), strict=False)
         turns = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
         if any(isinstance(side, str) and not HH_TURN.match(side) for side in sides):
             turns = []
@@ -298,34 +288,31 @@ def prompt_of(record: dict) -> list[Message]:
     # Chat templates want the user to speak first and roles to alternate. Many drop or refuse a
     # system turn mid-dialogue, so it becomes part of a user turn.
     prompt: list[Message] = []
-    for turn in turns:
-        role, content = turn["role"], turn["content"]
-        if role == "system" and prompt and prompt[-1]["role"] != "system":
+    for role, text in turns:
+        last = prompt[-1]["role"] if prompt else "system"
+        if role == "system" and last != "system":
             role = "user"
-        user_has_spoken = any(message["role"] == "user" for message in prompt)
-        if not content or (role == "assistant" and not user_has_spoken):
+        if not text or (role == "assistant" and last == "system"):
             continue
-        if prompt and prompt[-1]["role"] == role:
-            content = f"{prompt.pop()['content']}\n\n{content}"
-        prompt.append({"role": role, "content": content})
-    while prompt and prompt[-1]["role"] != "user":
+        if prompt and role == last:
+            prompt[-1]["content"] += f"\n\n{text}"
+        else:
+            prompt.append({"role": role, "content": text})
+    if prompt and prompt[-1]["role"] != "user":
         prompt.pop()
     return prompt
 
 
 def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
-    """Which of n prompts an epoch, the first being 1, uses: the next `count` of endless shuffles.
-
-    They depend on nothing that happened before, so that a resumed run draws the same.
-    """
+    """Which of n prompts epoch 1, 2, ... uses: the next `count` of shuffles that no run changes."""
     shuffles = range(math.ceil(epoch * count / n))
     order = [i for k in shuffles for i in random.Random(f"{seed}/{k}").sample(range(n), n)]
     return order[(epoch - 1) * count : epoch * count]
 
 
 # --------------------------------------------------------------------------------------- Prompts --
-# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1. "<s> A chat" gives
-# SentencePiece tokenizers the ids that "A chat" gives with the BOS added by them, as in FastChat.
+# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1, with a space behind the
+# BOS: SentencePiece makes the ids of "<s> A chat" that FastChat has for "A chat".
 VICUNA_TEMPLATE = (
     "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -337,23 +324,19 @@ VICUNA_TEMPLATE = (
 
 
 class Chat:
-    """A tokenizer's chat format, and the place in it for the principle.
-
-    The two contexts of a sample differ by the principle alone. It follows the system text that
-    pi_0 sees, the prompt's own or the template's default one; without such a text it is the system
-    message. Where a template has no place for a system message, it opens the first user turn.
-    """
+    """A tokenizer's chat format, and the place in it for the principle, which is all that the two
+    contexts of a sample differ by. It follows the system text that pi_0 sees, the prompt's own or
+    the template's default one; without such a text it is the system message. Where a template has
+    no place for a system message, it opens the first user turn."""
 
     def __init__(self, tokenizer, principle: str | None, date: str):
         self.tokenizer, self.principle = tokenizer, principle
         self.today = datetime.fromisoformat(date)
-        self.format = "its chat template"
         if not tokenizer.chat_template:
-            self.format = "Vicuna, because it has no chat template"
+            say("There is no chat template: the format of prompts is Vicuna's")
             tokenizer.chat_template = VICUNA_TEMPLATE
-
         # What the template does with a system message shows in what it renders.
-        self.has_system, self.default_system = True, ""
+        self.has_system = True
         question = {"role": "user", "content": "<Q>"}
         plain = self.render([question])
         check("<Q>" in plain, "the chat template of --model does not show the text of a user turn")
@@ -362,9 +345,7 @@ class Chat:
         except UserError:
             shown = ""
         self.has_system = "<S>" in shown
-        if self.has_system:
-            self.default_system = default_text(plain, shown)
-
+        self.default_system = default_text(plain, shown) if self.has_system else ""
         # But for one insertion, and white space, the two contexts have to be equal.
         plain = "".join(plain.split())
         shown = "".join(self.render(self.with_principle([question])).split())
@@ -411,18 +392,22 @@ class Chat:
                     texts[i] = self.render(self.with_principle(results[i]))
                 except UserError as error:
                     results[i] = f"refused: {error}"
-            ids = self.tokenizer(["", *texts.values()], add_special_tokens=False)["input_ids"][1:]
+            # The empty text is there for the tokenizers that take no empty list.
+            options = {"add_special_tokens": False, "return_attention_mask": False}
+            ids = self.tokenizer(["", *texts.values()], **options)["input_ids"][1:]
             too_long = [i for i, context in zip(texts, ids, strict=True) if len(context) > limit]
             for i in too_long:
                 user = [n for n, message in enumerate(results[i]) if message["role"] == "user"]
-                system = results[i][: user[0]][:1]
+                system = results[i][: user[0]]
                 results[i] = system + results[i][user[1] :] if len(user) > 1 else "too long"
             pending = [i for i in too_long if results[i] != "too long"]
         return results
 
 
 def default_text(plain: str, shown: str) -> str:
-    """The system text that plain has where shown has "<S>"; white space may differ. Or ""."""
+    """The system text that plain has where shown has "<S>"; white space may differ. Or "".
+
+    For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
     before, *after = shown.split("<S>")
     head, *tails = (r"\s*".join(map(re.escape, "".join(x.split()))) for x in (before, *after))
     pattern = rf"\s*{head}\s*(\S|\S.*\S)\s*" + r"\s*\1\s*".join(tails) + r"\s*"
@@ -450,13 +435,10 @@ class Sample:
 
 class Sampler:
     """The policy as a vLLM engine in this process; one engine serves tensor_parallel_size ranks.
-
-    On a GPU it sleeps, with its memory released, except while it samples. It has to be built
-    before the training engines, because the memory that it is promised must be free at its start.
-    """
+    On a GPU it sleeps, with its memory released, except while it samples. Collective to build,
+    before the training engines, because the memory that it is promised must be free by then."""
 
     def __init__(self, cfg: Config, chat: Chat):
-        """Collective."""
         from vllm import LLM
 
         self.cfg, self.chat = cfg, chat
@@ -479,6 +461,7 @@ class Sampler:
             enable_sleep_mode=gpu,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
             kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of the machine's memory
+            use_tqdm_on_load=False,
         )
         self.llm.sleep(level=2)  # Gives up the weights as well. On a CPU it does nothing.
         torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
@@ -495,33 +478,37 @@ class Sampler:
         """A context in which transformers makes models as if there were no vLLM."""
         from vllm.config import set_current_vllm_config
 
-        # vLLM patches the class of a model that it has no code for, to compile it. Other instances
-        # then ask for a vLLM config; with mode 0 they are not compiled.
+        # To compile a model that it has no code of its own for, vLLM 0.32.0 patches the class in
+        # transformers. Training's instances then need a vLLM config; with mode 0 they stay plain.
         config = copy.deepcopy(self.llm.llm_engine.vllm_config)
         config.compilation_config.mode = 0
         return set_current_vllm_config(config)
 
     def load(self, weights: Iterator[tuple[str, Tensor]]):
         """Collective: wake with the policy's weights, (name, whole tensor) of each."""
+
+        def repack(model: nn.Module):  # In a reload, vLLM on a CPU forgets a tied output layer.
+            for layer in model.modules():
+                if type(layer).__name__ == "ParallelLMHead":
+                    layer.quant_method.process_weights_after_loading(layer)
+
         torch.cuda.empty_cache()  # PyTorch keeps what training has freed, and vLLM needs it.
         # Weights need their memory before they are loaded. The KV cache wakes last, because it
         # would leave no room to gather a layer in.
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.apply_model(repack_output_layer)
+        self.llm.apply_model(repack)
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # It holds keys and values of the old weights.
 
     def sample(self, prompts: list[list[Message]], tag: object) -> list[Sample]:
         """Collective: one response to every prompt (sec. 5), on every rank; engines share the work.
-
-        The seed of a sample follows from --seed, tag and its index, whatever the number of ranks.
-        """
+        A sample's seed follows from --seed, tag and its index, not from the number of ranks."""
         from vllm import SamplingParams
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
-        engines = dist.get_world_size() // cfg.tensor_parallel_size
-        engine, twin = divmod(dist.get_rank(), cfg.tensor_parallel_size)
+        rank, engines = dist.get_rank(), dist.get_world_size() // cfg.tensor_parallel_size
+        engine, twin = divmod(rank, cfg.tensor_parallel_size)
         limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
         for i in range(engine, len(prompts), engines):
             x, shown = prompts[i], chat.with_principle(prompts[i])
@@ -529,8 +516,7 @@ class Sampler:
             seed = random.Random(f"{cfg.seed}/{tag}/{i}").getrandbits(63)
             params.append(SamplingParams(seed=seed, logprobs=0, detokenize=False, **limits))
         contexts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples]
-        bar = dist.get_rank() == 0
-        outputs = self.llm.generate(contexts, params, use_tqdm=bar) if contexts else []
+        outputs = self.llm.generate(contexts, params, use_tqdm=rank == 0) if contexts else []
         for sample, output in zip(samples, outputs, strict=True):
             (answer,) = output.outputs
             sample.response_ids = list(answer.token_ids)  # with the end token, if it ended
@@ -543,23 +529,11 @@ class Sampler:
         return sorted(samples, key=lambda sample: sample.index)
 
 
-def repack_output_layer(model: nn.Module):
-    """Renew the packed copy of a tied output layer, which vLLM on a CPU forgets in a reload."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
 # ------------------------------------------------------------------------------- Superior policy --
 def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Collective: final hidden states at the positions that predict response tokens, [T, d].
-
-    pairs holds (context, response) of B sequences. The positions are those before the tokens, so
-    the last token is never an input. Padding is on the right, where a causal model does not
-    look: it needs no mask, and any id will do.
-    """
+    """Collective: final hidden states at the positions that predict response tokens, [T, d]. pairs
+    holds (context, response) of B sequences, whose last token predicts nothing and is no input.
+    Padding is on the right, where a causal model does not look: it needs no mask."""
     # Under ZeRO-3 a rank without samples has to run a forward as well: on a stand-in.
     pairs = pairs or [([0, 0], [])]
     inputs = [torch.tensor((x + y)[:-1]) for x, y in pairs]
@@ -574,8 +548,8 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-    # As HfDeepSpeedConfig, which needs another package. It is kept by a weak reference, so the name
-    # zero3 has to exist until the model is loaded.
+    # As HfDeepSpeedConfig, which needs another package. transformers keeps a weak reference alone,
+    # so the name zero3 has to exist until the model is loaded.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     set_hf_deepspeed_config(zero3)
     how = {"dtype": getattr(torch, cfg.dtype), "trust_remote_code": cfg.trust_remote_code}
@@ -585,7 +559,7 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
     model = AutoModelForCausalLM.from_pretrained(name, config=config, **how)
-    # zero.Init has rounded the rotary frequencies to bfloat16: radians off at position 1000.
+    # zero.Init has rounded the rotary frequencies to bfloat16, radians off at position 1000.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -594,13 +568,11 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
 
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
-
-    Their layers are sharded over the ranks (ZeRO-3 inference). Their output layers stay whole on
-    every rank, because each chunk of the loss needs them. Another teacher is another such class.
-    """
+    Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
+    because each chunk of the loss needs them. Collective to build. For another teacher, write
+    another such class: samples, perhaps none, in; a function from rows to log pi_hat out."""
 
     def __init__(self, cfg: Config, ds_config: dict):
-        """Collective."""
         import deepspeed
 
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
@@ -622,12 +594,11 @@ class SuperiorPolicy:
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
-        if body_0 is body_plus:  # Both contexts in one forward gather the shards once.
+        if body_0 is body_plus:  # Both contexts, of T tokens each, in one forward: one gathering.
             h_0, h_plus = final_states(body_0, plain + shown).chunk(2)
         else:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
 
-        @torch.no_grad()
         def labels(rows: slice) -> Tensor:
             z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
             return superior_policy(z_0, z_plus, self.cfg.alpha, self.cfg.plausibility)
@@ -654,22 +625,20 @@ class Policy(nn.Module):
         head.forward = loss
 
     def forward(self, samples: list[Sample], labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
-        """Collective: sums over response tokens of H(pi_hat, pi_theta), H(pi_hat) and the gap.
-
-        The gap of a token is how far log pi_theta(a_t|s_t) is from what the sampler said of it.
-        """
+        """Collective: sums over response tokens of H(pi_hat, pi_theta), H(pi_hat) and the gap: how
+        far log pi_theta(a_t|s_t) is from what the sampler said of it."""
         pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
-        device = next(self.parameters()).device
-        tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=device)
-        sampled = torch.tensor([p for sample in samples for p in sample.log_probs], device=device)
         h = final_states(self.model.base_model, pairs)  # [T, d]
+        tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=h.device)
+        said = torch.tensor([p for sample in samples for p in sample.log_probs], device=h.device)
         output_layer = self.model.get_output_embeddings()
         cross_entropy, entropy, log_pi_theta = output_layer(h, labels, tokens)
-        return cross_entropy, entropy, (log_pi_theta - sampled).abs().sum()
+        return cross_entropy, entropy, (log_pi_theta - said).abs().sum()
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Collective: (name, whole tensor) of every weight, gathered a layer at a time."""
+    """Collective, in each step: (name, whole tensor) of every weight. A tensor is whole until the
+    next one is asked for, because a layer at a time is gathered."""
     import deepspeed
 
     layer = re.compile(r"(.*?\.\d+\.)?")  # "model.layers.0.", or "" for what is in no layer
@@ -681,12 +650,9 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths.
-
-    Sequences of similar length share a micro-batch of at most `budget` tokens, with padding; one
-    that is longer is alone. Under ZeRO-3 a forward is a collective, so all ranks get the same
-    number of micro-batches, some of them perhaps empty.
-    """
+    """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths. Sequences of
+    similar length share one of at most `budget` tokens, with padding; one that is longer is alone.
+    Under ZeRO-3 a forward is a collective, so all ranks get as many, some of them perhaps empty."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     def split(limit: int) -> list[list[int]]:
@@ -697,7 +663,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
             batches[-1].append(i)
         return batches + [[]] * (-len(batches) % ranks)
 
-    # The smallest limit that makes no more of them spreads the work most evenly over the ranks.
+    # The smallest limit that makes no more batches spreads the work most evenly over the ranks.
     n = len(split(budget))
     limits = range(min(sum(lengths) // n, budget), budget + 1)
     batches = next(split(limit) for limit in limits if len(split(limit)) <= n)
@@ -705,17 +671,15 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
 
 # -------------------------------------------------------------------------------------- Training --
-# In the first step of an epoch, policy and sampler have the same weights. What sampler_gap may be
-# then, in nats, because they compute differently:
+# Limit of sampler_gap, in nats, in the first step of an epoch, when policy and sampler have the
+# same weights and differ by rounding alone.
 MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
     """Collective: compare pi_theta with pi_hat; with `fit`, leave the gradient of L in the engine.
-
     Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the
-    response tokens of all ranks in nats; the share of padding; the numbers of samples and tokens.
-    """
+    response tokens of all ranks in nats; the share of padding; the count of samples and tokens."""
     ranks, tokens = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
     lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
     sums, positions = torch.zeros(3, dtype=torch.float64, device=engine.device), 0
@@ -725,7 +689,8 @@ def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) ->
         with torch.set_grad_enabled(fit):
             cross_entropy, entropy, gap = engine(mine, superior(mine))
         if fit:
-            # L is the sum over the ranks divided by N. DeepSpeed averages over the ranks instead.
+            # L is the sum over micro-batches and ranks, divided by N. DeepSpeed sums over the
+            # micro-batches up to step(), but averages over the ranks.
             engine.backward(cross_entropy * (ranks / tokens))
         sums += torch.stack([cross_entropy.detach(), entropy, gap.double()])
     dist.all_reduce(sums)
@@ -736,11 +701,8 @@ def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) ->
 
 
 def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf) -> dict:
-    """Collective: contrast and fit one batch, and return its record.
-
-    Raises a UserError, and leaves the weights as they are, if a number is not finite, or if the
-    sampler is over max_gap nats away from the policy.
-    """
+    """Collective: contrast and fit one batch, and return its record. A UserError, with the weights
+    as they were, if a number is not finite or the sampler over max_gap nats from the policy."""
     record = contrast(engine, superior, batch, budget, fit=True)
     loss, gap = record["loss"], record["sampler_gap"]
     place = f"{place}: on samples {[sample.index for sample in batch]}"
@@ -756,7 +718,6 @@ def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=mat
 def train(cfg: Config):
     """Collective. The method: in every epoch sync, sample, contrast and fit, log and save."""
     import deepspeed
-    from tqdm import tqdm
 
     ds_config, chat, prompts, held_out = prepare(cfg)
     run = Run(cfg, ds_config, prompts)
@@ -807,7 +768,8 @@ def train(cfg: Config):
         seconds = {"sync": synced - start, "sample": sampled - synced, "train": fitted - begun}
         record = epoch_record(samples, steps, seconds) | evaluation
         on_rank_0(run.log, "epoch", epoch, step, record)
-        say(summary(epoch, record, (cfg.epochs - epoch) * (time.perf_counter() - start)))
+        left = (cfg.epochs - epoch) * (time.perf_counter() - start)
+        say(summary(epoch, record, left))
         if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
             run.save_model(policy.model, chat.tokenizer)
             run.save_state(engine, epoch)
@@ -819,12 +781,7 @@ def train(cfg: Config):
 
 # ----------------------------------------------------------------------------------------- Files --
 def data_files(data: str, split: str) -> Iterator[Path]:
-    """The files of --data: those that are named, and *{split}*.json* of hub data sets.
-
-    A hub data set is owner/name, or owner/name/folder for the files of one folder.
-    """
-    from huggingface_hub import snapshot_download
-
+    """The files of --data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):
         if Path(name).is_file():
             yield Path(name)
@@ -832,7 +789,7 @@ def data_files(data: str, split: str) -> Iterator[Path]:
         owner, repository, folder = [*name.split("/", 2), "", ""][:3]
         what = {"repo_type": "dataset", "allow_patterns": f"{folder}/*{split}*.json*".lstrip("/")}
         try:
-            root = Path(snapshot_download(f"{owner}/{repository}", **what), folder)
+            root = Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", **what), folder)
         except (OSError, ValueError) as error:
             raise UserError(f"--data {name}: no such file or hub data set ({error})") from error
         files = [f for f in sorted(root.rglob("*.json*")) if split in str(f.relative_to(root))]
@@ -859,8 +816,6 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
 
 def read_prompts(cfg: Config, chat: Chat, split: str) -> Iterator[tuple[list[Message], object]]:
     """(prompt, record) of every record of --data; ([], reason) where there is no prompt to use."""
-    from tqdm import tqdm
-
     records = itertools.chain.from_iterable(map(read_records, data_files(cfg.data, split)))
     records = iter(tqdm(records, f"Reading {cfg.data}", unit=" records", leave=False))
     while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
@@ -890,24 +845,16 @@ def load_prompts(cfg: Config, chat: Chat, split: str = "train") -> tuple[list, d
     return list(kept.values()), left_out
 
 
-# What may differ when a run is resumed: it changes no result beyond rounding.
-FREE = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
-FREE |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
-
-
 class Run:
-    """What a run leaves under --output_dir, and from where it goes on.
-
-    Rank 0 writes text files and model/ under another name first, so no kill leaves half of one. A
-    run is resumed after the epoch that state/done.json names, from DeepSpeed's checkpoint of it.
-    """
+    """What a run leaves under --output_dir. Rank 0 writes text files and model/ under another name
+    first, so no kill leaves half of one. A run is resumed after the epoch that state/done.json
+    names, from DeepSpeed's checkpoint of it. Collective to open."""
 
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
-        """Collective."""
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
         settings = {**asdict(cfg), "ranks": dist.get_world_size()}
         settings["data_crc32"] = zlib.crc32(json.dumps(prompts).encode())
-        # Of the file, what changes results most. All of it could hold secrets of monitors.
+        # Of --ds_config, this changes results most. The rest may hold secrets of monitors.
         settings["gradient_clipping"] = ds_config.get("gradient_clipping")
         self.epoch = on_rank_0(self.open, settings)
 
@@ -920,16 +867,18 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"--output_dir {self.folder}: another job is running in it") from error
-        config = self.folder / "config.json"
+        # What may differ when a run is resumed: it changes no result beyond rounding.
+        free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
+        free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
+        config, done = self.folder / "config.json", self.state / "done.json"
         there = json.loads(config.read_text()) if config.exists() else settings
-        keys = [key for key in settings if key not in FREE and there.get(key) != settings[key]]
+        keys = [key for key in settings if key not in free and there.get(key) != settings[key]]
         changed = "; ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in keys)
         holds = f"--output_dir {self.folder} holds another run, use its settings or another folder"
         check(not keys, f"{holds}: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
-
-        done, metrics = self.state / "done.json", self.folder / "metrics.jsonl"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
+        metrics = self.folder / "metrics.jsonl"
         lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole lines
         kept = [f"{line}\n" for line in lines if json.loads(line)["epoch"] <= epoch]
         self.write("metrics.jsonl", "".join(kept))  # What came after that epoch is redone.
@@ -938,12 +887,10 @@ class Run:
 
     def prune(self, epoch: int):
         """Delete every state but that of an epoch, and with them the halves that a kill left."""
-        for path in self.state.glob("epoch-*"):
-            if path.name != f"epoch-{epoch:03d}":
-                shutil.rmtree(path, ignore_errors=True)
+        for path in set(self.state.glob("epoch-*")) - {self.state / f"epoch-{epoch:03d}"}:
+            shutil.rmtree(path, ignore_errors=True)
 
     def write(self, name: str, text: str):
-        """Make or replace a text file."""
         new = self.folder / f"{name}.new"
         new.write_text(text)
         new.replace(self.folder / name)
@@ -952,8 +899,7 @@ class Run:
         """A line of metrics.jsonl, and an event for DeepSpeed's monitors if there are any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
-        events = [(f"{kind}/{key}", value, step) for key, value in record.items()]
-        self.monitor.write_events(events)
+        self.monitor.write_events([(f"{kind}/{key}", record[key], step) for key in record])
 
     def save_samples(self, name: str, samples: list[Sample]):
         """Collective: samples/NAME.jsonl, and the first one on the console."""
@@ -964,7 +910,6 @@ class Run:
 
     def save_model(self, model: nn.Module, tokenizer):
         """Collective: make or replace model/, in transformers format. It is never half written."""
-        path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
         weights = {}
         for name, weight in whole_weights(model):  # All ranks gather, and rank 0 keeps.
             if dist.get_rank() == 0:
@@ -975,6 +920,7 @@ class Run:
             model.generation_config.do_sample = True
 
         def save():
+            path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
             for leftover in (new, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             model.save_pretrained(new, state_dict=weights)
@@ -1011,11 +957,10 @@ def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, fl
     record["sampler_gap_first"] = steps[0]["sampler_gap"]
     record["sampler_gap_last"] = steps[-1]["sampler_gap"]
     record["response_tokens_mean"] = tokens / len(samples)
-    cut = [sample.finish_reason == "length" for sample in samples]
-    record["truncated"] = sum(cut) / len(samples)
+    record["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
     record |= {f"{phase}_seconds": value for phase, value in seconds.items()}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
-    if torch.cuda.is_available():  # All that is taken on the device, by a sleeping vLLM as well.
+    if torch.cuda.is_available():  # What is taken on the device; PyTorch keeps what it once took.
         free, total = torch.cuda.mem_get_info()
         memory = total - free
     return {**record, "peak_memory_gib": max(gather([memory])) / 2**30}
@@ -1023,11 +968,11 @@ def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, fl
 
 def summary(epoch: int, record: dict[str, float], left: float) -> str:
     """What to look at after an epoch, on one line; left in seconds."""
-    held_out = f", held out {record['eval_kl']:.4f}" if "eval_kl" in record else ""
     phases = ", ".join(f"{record[f'{x}_seconds']:.1f} s {x}" for x in ("sync", "sample", "train"))
     length = (
         f"{record['response_tokens_mean']:.0f} tokens a response, {record['truncated']:.0%} cut"
     )
+    held_out = f" (held out, before it: {record['eval_kl']:.4f})" if "eval_kl" in record else ""
     kl = f"kl {record['kl']:.4f}{held_out}"
     return f"epoch {epoch}: {kl}, {length}; {phases}; {left / 60:.0f} min left"
 
@@ -1049,8 +994,6 @@ def gather(items: list) -> list:
 
 def on_rank_0(function: Callable, *args: object) -> object:
     """Collective: function(*args) of rank 0. What a user can fix is a UserError on every rank."""
-    from safetensors import SafetensorError
-
     told = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
@@ -1058,9 +1001,8 @@ def on_rank_0(function: Callable, *args: object) -> object:
         except (UserError, OSError, SafetensorError) as error:
             told[1] = str(error) or repr(error)
     dist.broadcast_object_list(told)
-    result, error = told
-    check(error is None, error)
-    return result
+    check(told[1] is None, told[1])
+    return told[0]
 
 
 def join_ranks():
@@ -1083,7 +1025,7 @@ def join_ranks():
 
 def end_with_error(*error: object):
     """Show an error and end this rank; an orderly exit may wait for ranks that wait for it."""
-    time.sleep(2)  # A rank that the end of another brought down is stopped before it can speak.
+    time.sleep(2)  # Errors that follow from another rank's never show: that rank ends this one.
     sys.__excepthook__(*error)
     sys.stderr.flush()
     os._exit(1)
@@ -1091,8 +1033,6 @@ def end_with_error(*error: object):
 
 def stop_at_once():
     """Ctrl-C and the end of DeepSpeed's launcher end this rank at once, as SIGTERM does."""
-    import psutil
-
     # Python's own handler would wait until C++ returns, and a collective may never return.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launchers = psutil.Process().parents()[:2]  # launch.py, and runner.py above it
@@ -1107,15 +1047,11 @@ def stop_at_once():
 
 
 # ---------------------------------------------------------------------------------------- Checks --
-# What a user can fix is found here, before a model is loaded.
-
-
 class UserError(Exception):
     """Something that the user can fix: one line that says what to change, and exit code 2."""
 
 
 def check(ok: object, message: str):
-    """Raise UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
 
@@ -1134,14 +1070,13 @@ def check_options(cfg: Config):
             cfg.principle = Path(cfg.principle[1:]).read_text("utf-8").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"--date or --principle cannot be read: {error}") from error
-    empty = cfg.principle is not None and not cfg.principle.strip()
-    check(not empty, "--principle is empty and contrasts nothing")
+    there = cfg.principle is None or cfg.principle.strip()
+    check(there, "--principle is empty and contrasts nothing")
 
 
 def deepspeed_config(cfg: Config) -> dict:
     """--ds_config, with what the command line decides filled in; a file that differs is refused."""
-    # The batch sizes are nominal: deal() makes the batches, optimizer_step() ends an accumulation.
-    owned = {
+    owned = {  # The batch sizes are nominal: deal() and optimizer_step() make the real ones.
         "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,
@@ -1168,17 +1103,17 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -
 
     config is the policy's, weights their number, and that of frozen models. ZeRO-3 keeps 16 bytes a
     weight for master, gradient and moments; a layer's activations are 34 bytes a token and unit of
-    width; a process takes 3 GB with NCCL and CUDA graphs; a billion weights are gathered at a time.
-    """
-    size = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    width; NCCL and CUDA graphs take 3 GB; a billion weights are gathered at a time."""
+    size = getattr(torch, cfg.dtype).itemsize
+    trained = size if offload else size + 16
     frozen = len({cfg.negative_model, cfg.positive_model}) * size
-    head = config.vocab_size * config.hidden_size
-    keeps = (size + 16 * (not offload) + frozen) * weights / ranks + frozen * head + 3e9
-    layers = config.num_hidden_layers
-    layers = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
-    activations = layers * cfg.micro_batch_tokens * config.hidden_size
+    head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
+    kept = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
+    activations = kept * cfg.micro_batch_tokens * config.hidden_size
+    keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9
     fitting = activations + size * min(weights, 1e9) + (8 + size) * head
-    return [x / 1e9 for x in (keeps, fitting, size * weights / cfg.tensor_parallel_size + 2e9)]
+    sampling = size * weights / cfg.tensor_parallel_size + 2e9
+    return [keeps / 1e9, fitting / 1e9, sampling / 1e9]
 
 
 def check_memory(cfg: Config, ds_config: dict):
@@ -1190,25 +1125,25 @@ def check_memory(cfg: Config, ds_config: dict):
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config, **how).num_parameters()
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
-    keeps, *needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
-    text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(
-        keeps, *needs
-    )
+    text_config = config.get_text_config()
+    keeps, fitting, sampling = memory_needs(cfg, text_config, weights, ranks, offload)
+    text = f"{keeps:.1f} GB to train, and in turn {fitting:.1f} to fit and {sampling:.1f} to sample"
     say(f"Inverse-Q* on {ranks} rank(s) in {cfg.dtype}, each of which needs about {text}")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
+        text += f", of {total:.1f} GB"
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
-        check(keeps + max(needs) <= total, f"{text}, of {total:.1f} GB: {less}")
+        check(keeps + max(fitting, sampling) <= total, f"{text}: {less}")
         share = math.floor(100 * (1 - keeps / total)) / 100
         less = f"set --gpu_memory_utilization to {share}"
-        check(cfg.gpu_memory_utilization <= share, f"{text}, of {total:.1f} GB: {less}")
+        check(cfg.gpu_memory_utilization <= share, f"{text}: {less}")
 
 
 def load_tokenizer(cfg: Config):
     """The policy's tokenizer, after the checks of the models that need no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    how, tokenizers, vocabularies = {"trust_remote_code": cfg.trust_remote_code}, {}, {}
+    how, loaded = {"trust_remote_code": cfg.trust_remote_code}, {}
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
         try:
             config = AutoConfig.from_pretrained(name, **how).get_text_config()
@@ -1218,9 +1153,10 @@ def load_tokenizer(cfg: Config):
             raise UserError(f"{name}: no model folder or hub id that loads ({error})") from error
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
         check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
-        tokenizers[name], vocabularies[name] = tokenizer, (tokenizer.get_vocab(), config.vocab_size)
-        same = vocabularies[name] == vocabularies[cfg.model]
-        check(same, f"{name}: its vocabulary has to be that of {cfg.model}")
+        vocabulary = tokenizer.get_vocab(), config.vocab_size
+        loaded[name] = tokenizer, vocabulary
+        own, expected = loaded[cfg.model]
+        check(vocabulary == expected, f"{name}: its vocabulary has to be that of {cfg.model}")
         need = cfg.max_prompt_tokens + cfg.max_new_tokens
         have = getattr(config, "max_position_embeddings", None) or need
         lower = "lower --max_prompt_tokens + --max_new_tokens"
@@ -1228,46 +1164,49 @@ def load_tokenizer(cfg: Config):
         scales = ("final_logit_softcapping", "logits_scaling", "logit_scale")
         plain = all(getattr(config, scale, None) in (None, 1) for scale in scales)
         check(plain, f"{name}: unsupported, it caps or scales its logits after the output layer")
-    tokenizer = tokenizers[cfg.model]
-    if hasattr(tokenizer, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-    return tokenizer
+    if hasattr(own, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
+        own.init_kwargs["legacy"] = own.legacy
+    return own
 
 
 def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Message]]]:
-    """Collective: DeepSpeed's settings, the chat format, the prompts and the held-out ones."""
+    """Collective: DeepSpeed's settings, the chat format, the prompts and the held-out ones.
+    What a user can fix is found here, before a model is loaded."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     divides = ranks % parallel == 0
     check(divides, f"--tensor_parallel_size {parallel}: has to divide the number of ranks, {ranks}")
     ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle, cfg.date)
     check_memory(cfg, ds_config)
-    say(f"""  policy     {cfg.model}
-  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}
-  principle  {cfg.principle}
-  prompts    {cfg.data}, in the format of {chat.format}""")
-    (prompts, left_out), held_out = on_rank_0(load_prompts, cfg, chat), []
-    say(f"             {len(prompts)} of them; left out: {left_out}")
+    say(f"  policy     {cfg.model}")
+    say(f"  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}")
+    say(f"  principle  {cfg.principle}")
+    prompts, left_out = on_rank_0(load_prompts, cfg, chat)
+    say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
+    held_out = []
     if cfg.eval_data:
-        held_out, _ = on_rank_0(
-            load_prompts, Namespace(**{**vars(cfg), "data": cfg.eval_data}), chat, "test"
-        )
+        unseen = Namespace(**vars(cfg) | {"data": cfg.eval_data})
+        found, _ = on_rank_0(load_prompts, unseen, chat, "test")
+        count = min(cfg.eval_samples, len(found))
+        held_out = [found[i] for i in draw_prompts(len(found), count, 1, cfg.seed)]
     say("Whatever ends this job: The same command goes on after the last save.")
-    return ds_config, chat, prompts, held_out[: cfg.eval_samples]
+    return ds_config, chat, prompts, held_out
 
 
 # ------------------------------------------------------------------------------------------ Main --
 def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     """Parse the command line and run. A UserError is one line, and exit code 2."""
     stop_at_once()
-    from transformers import HfArgumentParser, logging
+    from transformers import HfArgumentParser
+    from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # Else .bin weights ask the hub.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel("ERROR")  # It also speaks before it has read that.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # It compiles at start, by nvcc.
     warnings.simplefilter("ignore", FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     parser = HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher's
     try:

@@ -18,6 +18,7 @@ requirements+=$' matplotlib==3.11.2' # for experiments/ alone
 requirements=$(tr ' ' '\n' <<<"$requirements")
 
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
+  [ ! -L "$venv" ] || { echo "run.sh: $venv is a link and not up to date, remove it"; exit 2; }
   echo "Making $venv for a machine with $gpus GPUs (some minutes, several GB), log in $venv.log"
   {
     "${PYTHON:-python3}" -m venv --clear "$venv"

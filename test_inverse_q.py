@@ -1523,6 +1523,64 @@ def test_the_principle_may_stand_in_a_file(tmp_path):
         q.Config("m", principle="@" + write(tmp_path / "empty.txt", " \n"))
 
 
+SIZES = {  # weights, layers, width, vocabulary
+    "3B": (3.09e9, 36, 2048, 151936),
+    "7B": (6.74e9, 32, 4096, 32000),
+    "13B": (13.0e9, 40, 5120, 32000),
+}
+
+
+@pytest.mark.parametrize(
+    "size, ranks, offload, keeps, fitting, sampling",
+    [
+        ("3B", 1, False, 65.4, 6.0, 8.2),  # On a card of 80 GB, 0.18 is left for vLLM.
+        ("7B", 8, False, 20.1, 5.0, 15.5),
+        ("7B", 8, True, 6.6, 5.0, 15.5),
+        ("13B", 8, False, 35.8, 6.0, 28.0),
+    ],
+)
+def test_memory_needs(size, ranks, offload, keeps, fitting, sampling):
+    """The figures of the README's table. Of 7B, 18 GB are 20 bytes a weight, shared by 8 ranks."""
+    weights, layers, d, vocabulary = SIZES[size]
+    shape = {"num_hidden_layers": layers, "hidden_size": d, "vocab_size": vocabulary}
+    config = types.SimpleNamespace(**shape)
+    got = q.memory_needs(q.Config("m"), config, weights, ranks, offload)
+    assert got == pytest.approx([keeps, fitting, sampling], abs=0.06)
+    moments = 0 if offload else 16
+    assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9, abs=3.7)
+
+    # A second frozen model, half of the tokens, no checkpointing, one engine for two GPUs.
+    two = q.memory_needs(q.Config("m", positive_model="b"), config, weights, ranks, offload)
+    assert two[0] - got[0] == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
+    few = q.memory_needs(q.Config("m", micro_batch_tokens=2048), config, weights, ranks, offload)
+    kept = (34 + 2 * layers) * 2048 * d * 1e-9  # a layer, and the inputs of all
+    assert got[1] - few[1] == pytest.approx(kept)
+    whole = q.Config("m", activation_checkpointing=False)
+    more = q.memory_needs(whole, config, weights, ranks, offload)[1] - got[1]
+    assert more == pytest.approx(34 * layers * 4096 * d * 1e-9 - 2 * kept)
+    halves = q.memory_needs(q.Config("m", tensor_parallel_size=2), config, weights, 2, offload)
+    assert halves[2] == pytest.approx(weights * 1e-9 + 2)
+
+
+def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, monkeypatch, capsys):
+    make_llama().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def run(total, **changes):
+        card = types.SimpleNamespace(total_memory=total * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        cfg = q.Config(str(tmp_path), **changes)
+        q.check_memory(cfg, {"zero_optimization": {"stage": 3}})
+
+    run(10.0)
+    run(10.0, gpu_memory_utilization=0.69)
+    assert "each of which needs about 3.0 GB to train" in capsys.readouterr().out
+    with pytest.raises(q.UserError, match=r"10\.0 GB: set --gpu_memory_utilization to 0\.69"):
+        run(10.0, gpu_memory_utilization=0.7)
+    with pytest.raises(q.UserError, match=r"4\.0 GB: use more GPUs, offload_optimizer"):
+        run(4.0, gpu_memory_utilization=0.1)
+
+
 @pytest.mark.parametrize("date", ["", "today", "2024-13-01", "27.08.2024"])
 def test_a_date_that_is_none(date):
     with pytest.raises(q.UserError, match=r"^--date or --principle cannot be read: "):
