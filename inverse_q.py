@@ -26,7 +26,7 @@ weight of the KL penalty.
   value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)  (eq. 7-10)
   credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]
 
-J is largest at pi_hat, and L pulls pi_theta there: up to a constant it is KL(pi_hat || pi_theta) at
+J is largest at pi_hat, and L pulls pi_theta there: up to a constant L is KL(pi_hat || pi_theta) at
 each token of the policy's samples. Lemma 4.1: by J, no mixture of pi_theta and pi_hat is worse than
 pi_theta, if distributions over whole responses are mixed; mixtures token by token are not covered.
 A prefix is worth its own reward, so no critic is learnt. The paper does not print the credit: it is
@@ -35,8 +35,8 @@ V(s_{t+1}) - V(s_t).
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy; fresh
              prompts in every epoch, and one response to each.
-  Batch      16 samples an optimizer step, the paper's 2 on 8 GPUs; an epoch's last step has the
-             rest. N counts the response tokens of the step, over all micro-batches and ranks.
+  Batch      16 samples an optimizer step, the paper's 2 on each of 8 GPUs; an epoch's last
+             step has the rest. N counts its response tokens, over all micro-batches and ranks.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
   Labels     The whole vocabulary at every response token, the end token included. A response that
              was cut at the limit has no end token, and is fitted as far as it goes.
@@ -110,7 +110,7 @@ class Config:
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
     principle: str | None = option(None, "What pi_plus is shown (sec. 4.2): a text, or @FILE.")
-    positive_model: str | None = option(None, "An aligned model as pi_plus (sec. 5.3).")
+    positive_model: str | None = option(None, "pi_plus (sec. 5.3). Default: pi_0's model.")
     negative_model: str | None = option(None, "pi_0 instead of --model: an SFT model (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
     plausibility: float = option(0.0, "Cut tokens under this share of pi_plus's top.")
@@ -229,7 +229,7 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # In place, because these are the largest tensors. The factor 1/N comes in backward().
+            # In place, because these are the largest tensors. backward() scales with the rest.
             pi_theta = log_pi_theta.exp_()
             grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [t, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -237,7 +237,10 @@ class SoftLabelLoss(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(h.dtype)
             grad_h[rows] = matmul(grad_logits, weight)
-            grad_weight += matmul(grad_logits.t(), h[rows])
+            if h.dtype == wide:  # This spares a [V, d] tensor for every chunk.
+                grad_weight.addmm_(grad_logits.t(), h[rows])
+            else:
+                grad_weight += matmul(grad_logits.t(), h[rows])
         if fit:
             gradients = grad_h, grad_weight, grad_bias
             ctx.gradients = [None if g is None else g.to(h.dtype) for g in gradients]
@@ -304,7 +307,9 @@ def prompt_of(record: dict) -> list[Message]:
 
 
 def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
-    """Which of n prompts epoch 1, 2, ... uses: the next `count` of shuffles that no run changes."""
+    """Which of n prompts epoch 1, 2, ... uses: the next `count` of an endless row of shuffles.
+
+    They follow from the seed alone, so that a resumed run draws the same."""
     shuffles = range(math.ceil(epoch * count / n))
     order = [i for k in shuffles for i in random.Random(f"{seed}/{k}").sample(range(n), n)]
     return order[(epoch - 1) * count : epoch * count]
@@ -666,7 +671,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
     # The smallest limit that makes no more batches spreads the work most evenly over the ranks.
     n = len(split(budget))
     limits = range(min(sum(lengths) // n, budget), budget + 1)
-    batches = next(split(limit) for limit in limits if len(split(limit)) <= n)
+    batches = next(found for found in map(split, limits) if len(found) <= n)
     return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
 
 
@@ -676,7 +681,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
+def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
     """Collective: compare pi_theta with pi_hat; with `fit`, leave the gradient of L in the engine.
     Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the
     response tokens of all ranks in nats; the share of padding; the count of samples and tokens."""
@@ -701,9 +706,9 @@ def contrast(engine, superior, samples: list[Sample], budget: int, fit: bool) ->
 
 
 def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf) -> dict:
-    """Collective: contrast and fit one batch, and return its record. A UserError, with the weights
+    """Collective: fit one batch, and return its record. A UserError, with the weights
     as they were, if a number is not finite or the sampler over max_gap nats from the policy."""
-    record = contrast(engine, superior, batch, budget, fit=True)
+    record = compare(engine, superior, batch, budget, fit=True)
     loss, gap = record["loss"], record["sampler_gap"]
     place = f"{place}: on samples {[sample.index for sample in batch]}"
     check(math.isfinite(loss), f"{place} the loss is {loss}: look at them, and at the models")
@@ -748,7 +753,7 @@ def train(cfg: Config):
         run.save_samples(f"epoch-{epoch:03d}", samples)
         if unseen:  # The policy as the epoch finds it, on held-out prompts.
             run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
-            result = contrast(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
+            result = compare(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
             evaluation["eval_kl"] = result["kl"]
             evaluation["eval_response_tokens_mean"] = result["tokens"] / len(unseen)
 
@@ -791,9 +796,9 @@ def data_files(data: str, split: str) -> Iterator[Path]:
         try:
             root = Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", **what), folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"--data {name}: no such file or hub data set ({error})") from error
+            raise UserError(f"{name}: no such file or hub data set ({error})") from error
         files = [f for f in sorted(root.rglob("*.json*")) if split in str(f.relative_to(root))]
-        check(files, f"--data {name}: this hub data set has no {split} file in .json or .jsonl")
+        check(files, f"{name}: this hub data set has no {split} file in .json or .jsonl")
         yield from files
 
 
@@ -826,9 +831,9 @@ def read_prompts(cfg: Config, chat: Chat, split: str) -> Iterator[tuple[list[Mes
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
                 raise UserError(f"{place}: {needs} ({error!r})") from error
-        prompts = chat.shorten(dialogues, cfg.max_prompt_tokens)
-        for (_, record), prompt in zip(batch, prompts, strict=True):
-            yield ([], prompt) if isinstance(prompt, str) else (prompt, record)
+        results = chat.shorten(dialogues, cfg.max_prompt_tokens)
+        for (_, record), result in zip(batch, results, strict=True):
+            yield ([], result) if isinstance(result, str) else (result, record)
 
 
 def load_prompts(cfg: Config, chat: Chat, split: str = "train") -> tuple[list, dict[str, int]]:
@@ -841,7 +846,7 @@ def load_prompts(cfg: Config, chat: Chat, split: str = "train") -> tuple[list, d
         else:
             reason = "duplicate" if prompt else record
             left_out[reason] = left_out.get(reason, 0) + 1
-    check(kept, f"--data {cfg.data}: no prompt to use; left out: {left_out}")
+    check(kept, f"{cfg.data}: no prompt to use; left out: {left_out}")
     return list(kept.values()), left_out
 
 
@@ -1025,7 +1030,7 @@ def join_ranks():
 
 def end_with_error(*error: object):
     """Show an error and end this rank; an orderly exit may wait for ranks that wait for it."""
-    time.sleep(2)  # Errors that follow from another rank's never show: that rank ends this one.
+    time.sleep(2)  # If another rank failed first, it ends this one before what follows is shown.
     sys.__excepthook__(*error)
     sys.stderr.flush()
     os._exit(1)
@@ -1079,7 +1084,7 @@ def deepspeed_config(cfg: Config) -> dict:
     owned = {  # The batch sizes are nominal: deal() and optimizer_step() make the real ones.
         "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
         "train_micro_batch_size_per_gpu": 1,
-        "managed_gradient_accumulation": False,
+        "managed_gradient_accumulation": False,  # Gradients add up until step().
         "bf16": {"enabled": cfg.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,  # PyTorch's AdamW; DeepSpeed's needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
@@ -1101,9 +1106,10 @@ def deepspeed_config(cfg: Config) -> dict:
 def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -> list[float]:
     """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs.
 
-    config is the policy's, weights their number, and that of frozen models. ZeRO-3 keeps 16 bytes a
-    weight for master, gradient and moments; a layer's activations are 34 bytes a token and unit of
-    width; NCCL and CUDA graphs take 3 GB; a billion weights are gathered at a time."""
+    config and the number of weights are the policy's; frozen models are taken to be as large.
+    ZeRO-3 keeps 16 bytes a weight for master, gradient and moments; a layer's activations are 34
+    bytes a token and unit of width; NCCL and CUDA graphs take 3 GB; a billion weights are gathered
+    at a time."""
     size = getattr(torch, cfg.dtype).itemsize
     trained = size if offload else size + 16
     frozen = len({cfg.negative_model, cfg.positive_model}) * size

@@ -652,12 +652,10 @@ def test_hub_data_sets(tmp_path, monkeypatch):
     assert prompts("org/set/harmless") == ["harmless"]
     assert prompts("org/set", "test") == ["held out"]
     for name, why in (("org/none", "404"), ("org/data.jsonl", ""), ("no hub", "")):
-        message = rf"^--data {name}: no such file or hub data set \({why}"
+        message = rf"^{name}: no such file or hub data set \({why}"
         with pytest.raises(q.UserError, match=message):
             prompts(name)
-    with pytest.raises(
-        q.UserError, match=r"^--data org/set/helpful: .* has no test file in \.json"
-    ):
+    with pytest.raises(q.UserError, match=r"^org/set/helpful: .* has no test file in \.json"):
         prompts("org/set/helpful", "test")
     server.shutdown()
 
@@ -1310,7 +1308,7 @@ def test_no_gradient_is_computed_for_samples_that_are_not_fitted(one_rank):
             backward_calls.append(loss.backward())
 
     for fit in (False, True):
-        record = q.contrast(Engine(), some_labels, samples, 10**6, fit)
+        record = q.compare(Engine(), some_labels, samples, 10**6, fit)
         assert len(backward_calls) == fit and math.isfinite(record["loss"])
         assert all((p.grad is not None) == fit for p in policy.parameters())
     assert len(forwards) == 3  # One without gradients; one, and one more on the way back, with.
@@ -2544,7 +2542,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
     no_model, no_file = "no model folder or hub id that loads", "not a JSON file"
     no_file_of = "not a JSON file with zero_optimization and its stage"
     another = "holds another run, use its settings or another folder: "
-    no_prompt, no_set = "no prompt to use", "--data owner/no: no such file or hub data set"
+    no_prompt, no_set = "no prompt to use", "owner/no: no such file or hub data set"
     a_line_needs = "line 1: a record needs 'prompt', 'messages', or"
     cases = [
         ([], "error: the following arguments are required: --model"),

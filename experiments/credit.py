@@ -56,7 +56,7 @@ def read_samples(cfg):
     the tokenizer."""
     chat = q.Chat(q.load_tokenizer(cfg), cfg.principle, cfg.date)
     pairs = list(itertools.islice(read_pairs(cfg, chat), cfg.eval_samples))
-    q.check(pairs, f"--data {cfg.data}: no prompt to use")
+    q.check(pairs, f"{cfg.data}: no prompt to use")
     asked = [prompt for prompt, record in pairs if not record.get("response")]
     made = iter(responses(cfg, cfg.model, asked) if asked else [])
     samples = []
