@@ -3,7 +3,7 @@
 
     python -m experiments.bench [FOLDER]
 
-It takes about 20 minutes on 2 CPU cores, prints a table for each of its four parts and writes
+It takes about half an hour on 2 CPU cores, prints a table for each of its four parts and writes
 FOLDER/bench.json. What counts are ratios within one run, on the same weights and inputs: the speed
 of a machine drifts. Every measurement has processes of its own, because engines leave much behind.
 """
