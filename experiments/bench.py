@@ -525,6 +525,7 @@ def print_table(title, rows):
 
 def bench(folder="."):
     """Measure all of it, print a table for every part and write FOLDER/bench.json."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     measures = {
         "loss": measure_loss,
         "train": measure_train,
