@@ -974,12 +974,10 @@ def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, fl
 def summary(epoch: int, record: dict[str, float], left: float) -> str:
     """What to look at after an epoch, on one line; left in seconds."""
     phases = ", ".join(f"{record[f'{x}_seconds']:.1f} s {x}" for x in ("sync", "sample", "train"))
-    length = (
-        f"{record['response_tokens_mean']:.0f} tokens a response, {record['truncated']:.0%} cut"
-    )
+    size = f"{record['response_tokens_mean']:.0f} tokens a response, {record['truncated']:.0%} cut"
     held_out = f" (held out, before it: {record['eval_kl']:.4f})" if "eval_kl" in record else ""
     kl = f"kl {record['kl']:.4f}{held_out}"
-    return f"epoch {epoch}: {kl}, {length}; {phases}; {left / 60:.0f} min left"
+    return f"epoch {epoch}: {kl}, {size}; {phases}; {left / 60:.0f} min left"
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
@@ -1057,6 +1055,7 @@ class UserError(Exception):
 
 
 def check(ok: object, message: str):
+    """Raise UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
 

@@ -172,6 +172,7 @@ def draw(rows: list[dict], path: Path):
 
 
 def main(folder: str = "out/tiny-world"):
+    """Run all rows, print the table and write FOLDER/ablations.json and .png."""
     if not Path(folder, "principle.txt").exists():  # the last file of a world
         world.make_world(folder)
     rows = []

@@ -308,6 +308,7 @@ def bench_train(model, samples, stretch, checkpointing=True):
 
 
 def measure_train():
+    """(row, more for the table) of contrast and fit, for every case."""
     cases = [  # samples, ranks, stretch, activation checkpointing
         (16, 1, 1, True),
         (64, 1, 1, True),
@@ -420,6 +421,7 @@ def bench_generate(model, samples, new_tokens):
 
 
 def measure_sampling():
+    """(row, more for the table) of vLLM against generate."""
     with tempfile.TemporaryDirectory() as model:
         make_model(model, num_hidden_layers=LLAMA["num_hidden_layers"] // 2)
         for samples in (64, 256):
@@ -446,6 +448,7 @@ def bench_sync(model):
 
 
 def measure_sync():
+    """(row, more for the table) of models of growing size."""
     for layers in (4, 8, 16):
         with tempfile.TemporaryDirectory() as model:
             parameters = make_model(model, num_hidden_layers=layers)
@@ -456,6 +459,7 @@ def measure_sync():
 
 
 def free_port():
+    """A port that nobody listens to, as text."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])

@@ -211,6 +211,7 @@ def token_notes(record, log_pi_hat, tokenizer):
 
 
 def rgba(color, strength):
+    """A color of CSS, with its opacity."""
     red, green, blue = color
     return f"rgba({red}, {green}, {blue}, {strength:.2f})"
 

@@ -31,6 +31,7 @@ def start_drawing():
 def save_picture(figure, path):
     """Write an SVG or a PNG, by the name of the file."""
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    start_drawing().close(figure)
 
 
 def read_run(folder):
@@ -113,11 +114,13 @@ def plot(runs, output):
 
 
 def refuse(message):
+    """Say in one line what the user has to change, and stop."""
     print(f"plot.py: {message}")
     sys.exit(2)
 
 
 def main():
+    """Parse the command line and draw."""
     parser = argparse.ArgumentParser(
         prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

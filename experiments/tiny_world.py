@@ -437,6 +437,7 @@ def draw(shares, limits, n, request, tinted):
 
 
 def main():
+    """Make a world, or report on a run in it."""
     from transformers import logging
 
     logging.disable_progress_bar()
