@@ -44,10 +44,11 @@ WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
 RUN     ./run.sh                                                      a tiny world, on any machine
         deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5       the paper's setting
 SHAPES  B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary size.
-RANKS   One process per GPU runs this file. "Collective" means: every rank has to make this call,
-        in the same order, because the ranks wait for one another in it.
+RANKS   One process per GPU runs this file. "Collective": every rank has to make this call, in the
+        same order, because the ranks wait for one another in it.
 """
 
+import contextlib
 import copy
 import fcntl
 import gzip
@@ -67,6 +68,7 @@ import time
 import warnings
 import zlib
 from argparse import SUPPRESS, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timedelta
@@ -257,36 +259,35 @@ class SoftLabelLoss(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------ Data --
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # how a turn begins in HH-RLHF's texts
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-ROLES |= {"Human": "user", "Assistant": "assistant"}
+ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
-def turns_of(conversation: str | list[Message]) -> list[tuple[str, str]]:
-    """(role, text) of every turn of messages, of an HH text, or of the text of one user turn."""
+def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str, str]]:
+    """(role, text) of every turn of messages or of an HH text; another text is speaker's turn."""
     if isinstance(conversation, list):
         turns = [(message["role"], message["content"]) for message in conversation]
     elif HH_TURN.match(conversation):
         _, *parts = HH_TURN.split(conversation)
         turns = list(zip(parts[::2], parts[1::2], strict=True))
     else:
-        turns = [("user", conversation)]
+        turns = [(speaker, conversation)]
     "".join(text for _, text in turns).encode()  # A lone surrogate is a ValueError.
     return [(ROLES[role], text.strip()) for role, text in turns]
 
 
 def prompt_of(record: dict) -> list[Message]:
     """The prompt of a record, whose last turn is the user's, or [] if it has none.
+
     It is `prompt` or `messages`, or else the turns that `chosen` and `rejected` begin with alike
     (sec. 5.1): turns, because in one of five HH pairs the two final replies begin with the same
     characters. Two plain texts are two replies, and share no prompt."""
     if "prompt" in record or "messages" in record:
-        turns = turns_of(record["prompt"] if "prompt" in record else record["messages"])
+        turns = turns_of(record["prompt"] if "prompt" in record else record["messages"], "user")
     else:
-        sides = record["chosen"], record["rejected"]
-        pairs = zip(*map(turns_of, sides), strict=False)
-        turns = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        if any(isinstance(side, str) and not HH_TURN.match(side) for side in sides):
-            turns = []
+        sides = [turns_of(record[key], "assistant") for key in ("chosen", "rejected")]
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
+        turns = [turn for turn, _ in pairs]
 
     # Chat templates want the user to speak first and roles to alternate. Many drop or refuse a
     # system turn mid-dialogue, so it becomes part of a user turn.
@@ -352,8 +353,7 @@ class Chat:
         self.has_system = "<S>" in shown
         self.default_system = default_text(plain, shown) if self.has_system else ""
         # But for one insertion, and white space, the two contexts have to be equal.
-        plain = "".join(plain.split())
-        shown = "".join(self.render(self.with_principle([question])).split())
+        plain, shown = map(squeeze, (plain, self.render(self.with_principle([question]))))
         n = next((n for n in range(len(plain)) if plain[n] != shown[n : n + 1]), len(plain))
         if not shown.endswith(plain[n:]):
             say(f"Warning: contexts differ by more than the principle, from {plain[n:]!r:.60} on")
@@ -366,10 +366,9 @@ class Chat:
             messages = [{"role": "user", "content": content}, *rest]
         # A date that changed at midnight, or before a run is resumed, would change the contexts.
         options = {"add_generation_prompt": True, "strftime_now": self.today.strftime}
-        try:
+        mistakes = jinja2.TemplateError, TypeError, ValueError
+        with as_user_error("the chat template of --model fails", *mistakes):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template of --model fails: {error!r}") from error
 
     def ids(self, messages: list[Message]) -> list[int]:
         """Token ids of render(), whose text has the special tokens written out already."""
@@ -382,45 +381,53 @@ class Chat:
         system = self.default_system
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        text = system.rstrip()
+        text = system.rstrip()  # White space at its end stays there.
         content = f"{text} {self.principle}".lstrip() + system[len(text) :]
         return [{"role": "system", "content": content}, *messages]
 
-    def shorten(self, dialogues: list[list[Message]], limit: int) -> list[list[Message] | str]:
-        """Each dialogue without the oldest turns that exceed `limit` tokens; or a reason, str."""
-        results = [messages or "without a prompt" for messages in dialogues]
-        pending = [i for i, messages in enumerate(dialogues) if messages]
+    def shorten(self, dialogues: list[list[Message]], limit: int, left_out: Counter) -> list:
+        """Each dialogue without the oldest turns that exceed `limit` tokens with the principle;
+        [] where that leaves no prompt, and then left_out counts the reason."""
+        prompts = list(dialogues)
+        pending = [i for i, messages in enumerate(prompts) if messages]
+        left_out["without a prompt"] += len(prompts) - len(pending)
         while pending:
             texts = {}
             for i in pending:
                 try:
-                    texts[i] = self.render(self.with_principle(results[i]))
+                    texts[i] = self.render(self.with_principle(prompts[i]))
                 except UserError as error:
-                    results[i] = f"refused: {error}"
+                    prompts[i] = []
+                    left_out[f"refused: {error}"] += 1
             # The empty text is there for the tokenizers that take no empty list.
             options = {"add_special_tokens": False, "return_attention_mask": False}
-            ids = self.tokenizer(["", *texts.values()], **options)["input_ids"][1:]
-            too_long = [i for i, context in zip(texts, ids, strict=True) if len(context) > limit]
-            for i in too_long:
-                user = [n for n, message in enumerate(results[i]) if message["role"] == "user"]
-                system = results[i][: user[0]]
-                results[i] = system + results[i][user[1] :] if len(user) > 1 else "too long"
-            pending = [i for i in too_long if results[i] != "too long"]
-        return results
+            contexts = self.tokenizer(["", *texts.values()], **options)["input_ids"][1:]
+            pending = [i for i, ids in zip(texts, contexts, strict=True) if len(ids) > limit]
+            for i in pending:
+                first, *later = (n for n, m in enumerate(prompts[i]) if m["role"] == "user")
+                prompts[i] = prompts[i][:first] + prompts[i][later[0] :] if later else []
+            left_out["too long"] += sum(not prompts[i] for i in pending)
+            pending = [i for i in pending if prompts[i]]
+        return prompts
+
+
+def squeeze(text: str) -> str:
+    """The text without its white space."""
+    return "".join(text.split())
 
 
 def default_text(plain: str, shown: str) -> str:
     """The system text that plain has where shown has "<S>"; white space may differ. Or "".
 
     For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
-    before, *after = shown.split("<S>")
-    head, *tails = (r"\s*".join(map(re.escape, "".join(x.split()))) for x in (before, *after))
-    pattern = rf"\s*{head}\s*(\S|\S.*\S)\s*" + r"\s*\1\s*".join(tails) + r"\s*"
-    match = re.fullmatch(pattern, plain, re.DOTALL)
-    if not match:
+    a, b = squeeze(plain), squeeze(shown)
+    start, size = b.index("<S>"), 3 + (len(a) - len(b)) // b.count("<S>")
+    if b.replace("<S>", a[start : start + size]) != a:
         return ""
-    space, own = (re.match(r"\s*", text)[0] for text in (plain[match.end(1) :], after[0]))
-    return match[1] + space.removesuffix(own)
+    # The text with the white space behind it, but for what shown has there as well.
+    places = [i for i, character in enumerate(f"{plain}.") if not character.isspace()]
+    text, behind = plain[places[start] : places[start + size]], shown.split("<S>")[1]
+    return text.removesuffix(behind[: len(behind) - len(behind.lstrip())])
 
 
 # -------------------------------------------------------------------------------------- Sampling --
@@ -483,8 +490,8 @@ class Sampler:
         """A context in which transformers makes models as if there were no vLLM."""
         from vllm.config import set_current_vllm_config
 
-        # To compile a model that it has no code of its own for, vLLM 0.32.0 patches the class in
-        # transformers. Training's instances then need a vLLM config; with mode 0 they stay plain.
+        # vLLM 0.32.0 patches transformers' class of a model that it has no code of its own for.
+        # Training's instances of it need a vLLM config, and stay plain with compilation mode 0.
         config = copy.deepcopy(self.llm.llm_engine.vllm_config)
         config.compilation_config.mode = 0
         return set_current_vllm_config(config)
@@ -684,12 +691,11 @@ MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
     """Collective: compare pi_theta with pi_hat; with `fit`, leave the gradient of L in the engine.
     Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the
-    response tokens of all ranks in nats; the share of padding; the count of samples and tokens."""
+    response tokens of all ranks in nats, and the count of samples and tokens."""
     ranks, tokens = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
     lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
-    sums, positions = torch.zeros(3, dtype=torch.float64, device=engine.device), 0
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for micro_step in deal(lengths, ranks, budget):
-        positions += sum(len(batch) * lengths[batch[0]] for batch in micro_step if batch)
         mine = [samples[i] for i in micro_step[dist.get_rank()]]
         with torch.set_grad_enabled(fit):
             cross_entropy, entropy, gap = engine(mine, superior(mine))
@@ -701,7 +707,6 @@ def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> 
     dist.all_reduce(sums)
     loss, entropy, gap = (sums / tokens).tolist()
     record = {"loss": loss, "kl": loss - entropy, "sampler_gap": gap}
-    record["padding"] = 1 - sum(lengths) / positions
     return {**record, "samples": len(samples), "tokens": tokens}
 
 
@@ -770,11 +775,13 @@ def train(cfg: Config):
         fitted = time.perf_counter()
 
         # Log and save.
-        seconds = {"sync": synced - start, "sample": sampled - synced, "train": fitted - begun}
+        seconds = {"sync_seconds": synced - start, "sample_seconds": sampled - synced}
+        seconds["train_seconds"] = fitted - begun
         record = epoch_record(samples, steps, seconds) | evaluation
         on_rank_0(run.log, "epoch", epoch, step, record)
         left = (cfg.epochs - epoch) * (time.perf_counter() - start)
-        say(summary(epoch, record, left))
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in record.items())
+        say(f"epoch {epoch} of {cfg.epochs}, {left / 60:.0f} min left: {numbers}")
         if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
             run.save_model(policy.model, chat.tokenizer)
             run.save_state(engine, epoch)
@@ -786,17 +793,15 @@ def train(cfg: Config):
 
 # ----------------------------------------------------------------------------------------- Files --
 def data_files(data: str, split: str) -> Iterator[Path]:
-    """The files of --data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
+    """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):
         if Path(name).is_file():
             yield Path(name)
             continue
         owner, repository, folder = [*name.split("/", 2), "", ""][:3]
         what = {"repo_type": "dataset", "allow_patterns": f"{folder}/*{split}*.json*".lstrip("/")}
-        try:
+        with as_user_error(f"{name}: no such file or hub data set", OSError, ValueError):
             root = Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", **what), folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no such file or hub data set ({error})") from error
         files = [f for f in sorted(root.rglob("*.json*")) if split in str(f.relative_to(root))]
         check(files, f"{name}: this hub data set has no {split} file in .json or .jsonl")
         yield from files
@@ -819,35 +824,35 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
 
 
-def read_prompts(cfg: Config, chat: Chat, split: str) -> Iterator[tuple[list[Message], object]]:
-    """(prompt, record) of every record of --data; ([], reason) where there is no prompt to use."""
-    records = itertools.chain.from_iterable(map(read_records, data_files(cfg.data, split)))
-    records = iter(tqdm(records, f"Reading {cfg.data}", unit=" records", leave=False))
+def read_prompts(data: str, split: str, chat: Chat, limit: int, left_out: Counter) -> Iterator:
+    """(prompt, record) of the records of data; left_out counts those without, by reason."""
+    mistakes = KeyError, TypeError, AttributeError, ValueError
+    needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
+    records = itertools.chain.from_iterable(map(read_records, data_files(data, split)))
+    records = iter(tqdm(records, f"Reading {data}", unit=" records", leave=False))
     while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
-        dialogues = []
+        prompts = []
         for place, record in batch:
-            try:
-                dialogues.append(prompt_of(record))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
-                raise UserError(f"{place}: {needs} ({error!r})") from error
-        results = chat.shorten(dialogues, cfg.max_prompt_tokens)
-        for (_, record), result in zip(batch, results, strict=True):
-            yield ([], result) if isinstance(result, str) else (result, record)
+            with as_user_error(f"{place}: {needs}", *mistakes):
+                prompts.append(prompt_of(record))
+        prompts = chat.shorten(prompts, limit, left_out)
+        yield from ((p, record) for p, (_, record) in zip(prompts, batch, strict=True) if p)
 
 
-def load_prompts(cfg: Config, chat: Chat, split: str = "train") -> tuple[list, dict[str, int]]:
-    """The distinct prompts of --data, and how many records were left out, by reason."""
-    kept, left_out = {}, {"without a prompt": 0, "duplicate": 0, "too long": 0}
-    for prompt, record in read_prompts(cfg, chat, split):
+def load_prompts(data: str, split: str, chat: Chat, limit: int) -> tuple[list, dict[str, int]]:
+    """The distinct prompts of data, and how many records were left out, by reason."""
+    distinct, left_out = {}, Counter()
+    for prompt, _ in read_prompts(data, split, chat, limit, left_out):
         key = json.dumps(prompt)
-        if prompt and key not in kept:
-            kept[key] = prompt
-        else:
-            reason = "duplicate" if prompt else record
-            left_out[reason] = left_out.get(reason, 0) + 1
-    check(kept, f"{cfg.data}: no prompt to use; left out: {left_out}")
-    return list(kept.values()), left_out
+        left_out["duplicate"] += key in distinct
+        distinct[key] = prompt
+    check(distinct, f"{data}: no prompt to use; left out: {dict(left_out)}")
+    return list(distinct.values()), dict(left_out)
+
+
+# Options that may change when a run is resumed: they change no result beyond rounding.
+FREE = "epochs save_every output_dir ds_config micro_batch_tokens activation_checkpointing"
+FREE = (FREE + " gpu_memory_utilization tensor_parallel_size").split()
 
 
 class Run:
@@ -867,20 +872,17 @@ class Run:
         """Lock the folder, refuse that of another run, and return the last saved epoch, or 0."""
         for folder in (self.folder / "samples", self.state):
             folder.mkdir(parents=True, exist_ok=True)
+        place = f"--output_dir {self.folder}"
         self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
-        try:  # The kernel gives the lock back however this process ends.
+        with as_user_error(f"{place}: another job is running in it", BlockingIOError):
+            # The kernel gives the lock back however this process ends.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output_dir {self.folder}: another job is running in it") from error
-        # What may differ when a run is resumed: it changes no result beyond rounding.
-        free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
-        free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
         config, done = self.folder / "config.json", self.state / "done.json"
         there = json.loads(config.read_text()) if config.exists() else settings
-        keys = [key for key in settings if key not in free and there.get(key) != settings[key]]
+        keys = [key for key in settings if there.get(key) != settings[key] and key not in FREE]
         changed = "; ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in keys)
-        holds = f"--output_dir {self.folder} holds another run, use its settings or another folder"
-        check(not keys, f"{holds}: {changed}")
+        hint = "use its settings or another folder"
+        check(not keys, f"{place} holds another run, {hint}: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         metrics = self.folder / "metrics.jsonl"
@@ -947,10 +949,8 @@ class Run:
     def save_state(self, engine, epoch: int):
         """Collective: what training goes on from. It counts once done.json names it."""
         tag = f"epoch-{epoch:03d}"
-        try:
+        with as_user_error(f"{self.state / tag}: not written, disk full?", OSError, RuntimeError):
             engine.save_checkpoint(str(self.state), tag, save_latest=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{self.state / tag}: not written, disk full? ({error})") from error
         on_rank_0(self.write, "state/done.json", json.dumps({"epoch": epoch}) + "\n")
         self.prune(epoch)  # On every rank, because machines may have folders of their own.
 
@@ -963,21 +963,11 @@ def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, fl
     record["sampler_gap_last"] = steps[-1]["sampler_gap"]
     record["response_tokens_mean"] = tokens / len(samples)
     record["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
-    record |= {f"{phase}_seconds": value for phase, value in seconds.items()}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
     if torch.cuda.is_available():  # What is taken on the device; PyTorch keeps what it once took.
         free, total = torch.cuda.mem_get_info()
         memory = total - free
-    return {**record, "peak_memory_gib": max(gather([memory])) / 2**30}
-
-
-def summary(epoch: int, record: dict[str, float], left: float) -> str:
-    """What to look at after an epoch, on one line; left in seconds."""
-    phases = ", ".join(f"{record[f'{x}_seconds']:.1f} s {x}" for x in ("sync", "sample", "train"))
-    size = f"{record['response_tokens_mean']:.0f} tokens a response, {record['truncated']:.0%} cut"
-    held_out = f" (held out, before it: {record['eval_kl']:.4f})" if "eval_kl" in record else ""
-    kl = f"kl {record['kl']:.4f}{held_out}"
-    return f"epoch {epoch}: {kl}, {size}; {phases}; {left / 60:.0f} min left"
+    return {**record, **seconds, "peak_memory_gib": max(gather([memory])) / 2**30}
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
@@ -1023,13 +1013,19 @@ def join_ranks():
     check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timedelta(hours=12))  # Rank 0 reads and writes for all.
-    sys.excepthook = end_with_error
+    sys.excepthook = end_at_once  # PyTorch has put its own in place of it.
 
 
-def end_with_error(*error: object):
+def end_at_once(kind: type, error: BaseException, *trace: object):
     """Show an error and end this rank; an orderly exit may wait for ranks that wait for it."""
+    if kind is UserError:
+        # As a rule all ranks raise it. Local rank 0 reports it, and the launcher ends the others; a
+        # rank that is still there after a while is the only one that knows.
+        time.sleep(5 if os.environ.get("LOCAL_RANK", "0") != "0" else 0)
+        print(f"{Path(sys.argv[0]).name}:", *str(error).split(), flush=True)
+        os._exit(2)
     time.sleep(2)  # If another rank failed first, it ends this one before what follows is shown.
-    sys.__excepthook__(*error)
+    sys.__excepthook__(kind, error, *trace)
     sys.stderr.flush()
     os._exit(1)
 
@@ -1060,6 +1056,15 @@ def check(ok: object, message: str):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def as_user_error(message: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors of these types, which a mistake of the user causes, into a UserError."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{message} ({type(error).__name__}: {error})") from error
+
+
 def check_options(cfg: Config):
     """Refuse values that make no sense; nan lies in no range. Read --principle @FILE."""
     ranges = {option.name: (1, math.inf) for option in fields(cfg) if option.type is int}
@@ -1068,14 +1073,12 @@ def check_options(cfg: Config):
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
-    try:
+    with as_user_error("--date or --principle cannot be read", OSError, ValueError):
         datetime.fromisoformat(cfg.date)
         if cfg.principle and cfg.principle.startswith("@"):
             cfg.principle = Path(cfg.principle[1:]).read_text("utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--date or --principle cannot be read: {error}") from error
-    there = cfg.principle is None or cfg.principle.strip()
-    check(there, "--principle is empty and contrasts nothing")
+    empty = cfg.principle is not None and not cfg.principle.strip()
+    check(not empty, "--principle is empty and contrasts nothing")
 
 
 def deepspeed_config(cfg: Config) -> dict:
@@ -1089,34 +1092,28 @@ def deepspeed_config(cfg: Config) -> dict:
         "zero_force_ds_cpu_optimizer": False,
     }
     file = f"--ds_config {cfg.ds_config}"
-    try:
+    needs = "not a JSON file with zero_optimization and its stage"
+    with as_user_error(f"{file}: {needs}", OSError, ValueError, LookupError, TypeError):
         config = json.loads(Path(cfg.ds_config).read_text())
         stage = config["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        needs = "not a JSON file with zero_optimization and its stage"
-        raise UserError(f"{file}: {needs} ({error!r})") from error
     check(stage == 3, f"{file}: set ZeRO stage 3")
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
-        same = config.pop(key, "auto") in ("auto", owned.get(key))
-        check(same, f"{file}: remove {key!r}, inverse_q.py sets it")
+        check(key not in config, f"{file}: remove {key!r}, inverse_q.py sets it")
     return config | owned
 
 
 def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -> list[float]:
     """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs.
-
-    config and the number of weights are the policy's; frozen models are taken to be as large.
-    ZeRO-3 keeps 16 bytes a weight for master, gradient and moments; a layer's activations are 34
-    bytes a token and unit of width; NCCL and CUDA graphs take 3 GB; a billion weights are gathered
-    at a time."""
+    config and the number of weights are the policy's; frozen models are taken to be as large."""
     size = getattr(torch, cfg.dtype).itemsize
-    trained = size if offload else size + 16
+    trained = size if offload else size + 16  # with master, gradient and moments in float32
     frozen = len({cfg.negative_model, cfg.positive_model}) * size
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
+    # Of a layer 34 bytes a token and unit of width are kept, or of all but one its input alone.
     kept = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
-    activations = kept * cfg.micro_batch_tokens * config.hidden_size
-    keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9
-    fitting = activations + size * min(weights, 1e9) + (8 + size) * head
+    keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9  # NCCL, CUDA graphs
+    gathered = size * min(weights, 1e9)  # DeepSpeed's limit of what is whole at a time
+    fitting = kept * cfg.micro_batch_tokens * config.hidden_size + gathered + (8 + size) * head
     sampling = size * weights / cfg.tensor_parallel_size + 2e9
     return [keeps / 1e9, fitting / 1e9, sampling / 1e9]
 
@@ -1130,16 +1127,15 @@ def check_memory(cfg: Config, ds_config: dict):
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config, **how).num_parameters()
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
-    text_config = config.get_text_config()
-    keeps, fitting, sampling = memory_needs(cfg, text_config, weights, ranks, offload)
-    text = f"{keeps:.1f} GB to train, and in turn {fitting:.1f} to fit and {sampling:.1f} to sample"
+    needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
+    text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(*needs)
     say(f"Inverse-Q* on {ranks} rank(s) in {cfg.dtype}, each of which needs about {text}")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
         text += f", of {total:.1f} GB"
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
-        check(keeps + max(fitting, sampling) <= total, f"{text}: {less}")
-        share = math.floor(100 * (1 - keeps / total)) / 100
+        check(needs[0] + max(needs[1:]) <= total, f"{text}: {less}")
+        share = math.floor(100 * (1 - needs[0] / total)) / 100
         less = f"set --gpu_memory_utilization to {share}"
         check(cfg.gpu_memory_utilization <= share, f"{text}: {less}")
 
@@ -1148,30 +1144,27 @@ def load_tokenizer(cfg: Config):
     """The policy's tokenizer, after the checks of the models that need no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    how, loaded = {"trust_remote_code": cfg.trust_remote_code}, {}
-    for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
-        try:
+    how, vocabularies = {"trust_remote_code": cfg.trust_remote_code}, {}
+    need = cfg.max_prompt_tokens + cfg.max_new_tokens
+    for name in dict.fromkeys((cfg.negative_model, cfg.positive_model, cfg.model)):
+        with as_user_error(f"{name}: no model folder or hub id that loads", OSError, ValueError):
             config = AutoConfig.from_pretrained(name, **how).get_text_config()
             # mistral_common's tokenizer, the alternative, reads special tokens as plain text.
             tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **how)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no model folder or hub id that loads ({error})") from error
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
         check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
-        vocabulary = tokenizer.get_vocab(), config.vocab_size
-        loaded[name] = tokenizer, vocabulary
-        own, expected = loaded[cfg.model]
-        check(vocabulary == expected, f"{name}: its vocabulary has to be that of {cfg.model}")
-        need = cfg.max_prompt_tokens + cfg.max_new_tokens
+        vocabularies[name] = tokenizer.get_vocab(), config.vocab_size
         have = getattr(config, "max_position_embeddings", None) or need
-        lower = "lower --max_prompt_tokens + --max_new_tokens"
-        check(need <= have, f"{name}: {lower}, {need}, to its {have} positions")
+        lower = f"lower --max_prompt_tokens + --max_new_tokens, {need}, to its {have} positions"
+        check(need <= have, f"{name}: {lower}")
         scales = ("final_logit_softcapping", "logits_scaling", "logit_scale")
         plain = all(getattr(config, scale, None) in (None, 1) for scale in scales)
         check(plain, f"{name}: unsupported, it caps or scales its logits after the output layer")
-    if hasattr(own, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
-        own.init_kwargs["legacy"] = own.legacy
-    return own
+    same = all(vocabulary == vocabularies[cfg.model] for vocabulary in vocabularies.values())
+    check(same, f"{', '.join(vocabularies)}: their vocabularies have to be the same")
+    if hasattr(tokenizer, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
 
 
 def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Message]]]:
@@ -1186,14 +1179,14 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     say(f"  policy     {cfg.model}")
     say(f"  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}")
     say(f"  principle  {cfg.principle}")
-    prompts, left_out = on_rank_0(load_prompts, cfg, chat)
+    limit = cfg.max_prompt_tokens
+    prompts, left_out = on_rank_0(load_prompts, cfg.data, "train", chat, limit)
     say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
     held_out = []
     if cfg.eval_data:
-        unseen = Namespace(**vars(cfg) | {"data": cfg.eval_data})
-        found, _ = on_rank_0(load_prompts, unseen, chat, "test")
-        count = min(cfg.eval_samples, len(found))
-        held_out = [found[i] for i in draw_prompts(len(found), count, 1, cfg.seed)]
+        unseen, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit)
+        count = min(cfg.eval_samples, len(unseen))
+        held_out = [unseen[i] for i in draw_prompts(len(unseen), count, 1, cfg.seed)]
     say("Whatever ends this job: The same command goes on after the last save.")
     return ds_config, chat, prompts, held_out
 
@@ -1201,6 +1194,7 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
 # ------------------------------------------------------------------------------------------ Main --
 def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     """Parse the command line and run. A UserError is one line, and exit code 2."""
+    sys.excepthook = end_at_once
     stop_at_once()
     from transformers import HfArgumentParser
     from transformers.utils import logging as transformers_logging
@@ -1214,20 +1208,10 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     transformers_logging.disable_progress_bar()
     parser = HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher's
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(arguments, True)
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        run(*parsed)
-    except UserError as error:
-        # As a rule all ranks raise it. Local rank 0 reports it, and the launcher ends the others; a
-        # rank that is still there after a while is the only one that knows.
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)
-        print(f"{parser.prog}:", *str(error).split(), flush=True)
-        if "CROSS_SIZE" in os.environ:  # An orderly exit may wait for others, who would fail first.
-            os._exit(2)
-        sys.exit(2)
+    *parsed, unknown = parser.parse_args_into_dataclasses(arguments, True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    run(*parsed)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The oracles say the mathematics of the paper once more, slow and obvious. Tests 
 """
 
 import base64
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -480,10 +481,23 @@ def write(path, text):
     return str(path)
 
 
-def load(data, chat=None, limit=10**6, **changes):
-    keep = lambda turns, limit: [x or "without a prompt" for x in turns]  # noqa: E731
-    cfg = q.Config("m", data=data, max_prompt_tokens=limit, **changes)
-    return q.load_prompts(cfg, chat or types.SimpleNamespace(shorten=keep))
+class AnyLength:
+    """A chat format that renders whatever it gets, and in which no prompt is too long."""
+
+    @staticmethod
+    def shorten(dialogues, limit, left_out):
+        left_out["without a prompt"] += sum(not x for x in dialogues)
+        return dialogues
+
+
+def load(data, chat=AnyLength, limit=10**6):
+    return q.load_prompts(data, "train", chat, limit)
+
+
+def shorten(chat, dialogues, limit):
+    """The prompts, and what was left out."""
+    left_out = collections.Counter()
+    return chat.shorten(dialogues, limit, left_out), +left_out
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -493,14 +507,14 @@ def test_files_of_every_kind_together(tmp_path, suffix):
     b = write(tmp_path / f"b.json{suffix}", '[{"prompt": "three"}, {"prompt": "one"}]')
     prompts, left_out = load(f"{a}, {b}")
     assert [p[0]["content"] for p in prompts] == ["one", "two", "three"]
-    assert left_out == {"without a prompt": 0, "duplicate": 1, "too long": 0}
+    assert left_out == {"without a prompt": 0, "duplicate": 1}
 
 
 def test_what_yields_no_prompt_is_counted(tmp_path):
     text = '{"prompt": ""}\n{"prompt": "x"}\n{"chosen": "a", "rejected": "b"}\n{"prompt": "x"}\n'
     prompts, left_out = load(write(tmp_path / "a.jsonl", text))
     assert len(prompts) == 1
-    assert left_out == {"without a prompt": 2, "duplicate": 1, "too long": 0}
+    assert left_out == {"without a prompt": 2, "duplicate": 1}
 
 
 @pytest.mark.parametrize(
@@ -654,7 +668,7 @@ def test_hub_data_sets(tmp_path, monkeypatch):
     assert prompts("org/set/harmless") == ["harmless"]
     assert prompts("org/set", "test") == ["held out"]
     for name, why in (("org/none", "404"), ("org/data.jsonl", ""), ("no hub", "")):
-        message = rf"^{name}: no such file or hub data set \({why}"
+        message = rf"^{name}: no such file or hub data set \(\w+: {why}"
         with pytest.raises(q.UserError, match=message):
             prompts(name)
     with pytest.raises(q.UserError, match=r"^org/set/helpful: .* has no test file in \.json"):
@@ -797,15 +811,15 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     chat = chat_of(tokenizer, None)
     turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
     whole = len(chat.ids(chat.with_principle(turns)))
-    assert chat.shorten([turns], whole) == [turns]
-    assert chat.shorten([turns], whole - 1) == [turns[2:]]
+    assert shorten(chat, [turns], whole) == ([turns], {})
+    assert shorten(chat, [turns], whole - 1) == ([turns[2:]], {})
     last = len(chat.ids(chat.with_principle(turns[4:])))
-    assert chat.shorten([turns], last) == [turns[4:]]
-    assert "PRINCIPLE." in chat.render(chat.with_principle(chat.shorten([turns], last)[0]))
-    assert chat.shorten([turns], last - 1) == ["too long"]
+    assert shorten(chat, [turns], last) == ([turns[4:]], {})
+    assert "PRINCIPLE." in chat.render(chat.with_principle(turns[4:]))
+    assert shorten(chat, [turns], last - 1) == ([[]], {"too long": 1})
     with_system = [{"role": "system", "content": "Own."}, *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
-    assert chat.shorten([with_system], limit) == [[with_system[0], turns[4]]]
+    assert shorten(chat, [with_system], limit) == ([[with_system[0], turns[4]]], {})
 
 
 def test_prompts_that_are_equal_once_shortened_count_once(tokenizer, tmp_path):
@@ -934,7 +948,7 @@ def test_contexts_in_the_manner_of(name, tokenizer, capsys):
     chat = chat_of(tokenizer, template)
     assert capsys.readouterr().out == ""  # no warning
     for turns in DIALOGUES:
-        (prompt,) = chat.shorten([q.prompt_of({"messages": turns})], 10**6)
+        (prompt,), _ = shorten(chat, [q.prompt_of({"messages": turns})], 10**6)
         assert (prompt == turns) == (system("later") not in turns)  # which are folded
         plain, shown = chat.render(prompt), chat.render(chat.with_principle(prompt))
         if chat.has_system or turns[0]["role"] == "user":
@@ -1029,10 +1043,9 @@ def test_prompts_that_are_left_out_are_counted_by_their_reason(tokenizer, tmp_pa
     records.append({"messages": [user("no"), assistant("but"), user("yes")]})  # refused as a whole
     records.append({"chosen": "a reply", "rejected": "a reply"})  # plain texts share no prompt
     data = write(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    cfg = q.Config("m", data=data, max_prompt_tokens=100)
-    prompts, left_out = q.load_prompts(cfg, chat_of(tokenizer, refuses + CHAT_TEMPLATE))
+    prompts, left_out = load(data, chat_of(tokenizer, refuses + CHAT_TEMPLATE), 100)
     assert prompts == [[user("yes")]]
-    reason = "refused: the chat template of --model fails: TemplateError('rude')"
+    reason = "refused: the chat template of --model fails (TemplateError: rude)"
     assert left_out == {"without a prompt": 2, "duplicate": 1, "too long": 1, reason: 2}
 
 
@@ -1115,19 +1128,21 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
 
 
 def test_a_principle_from_a_file_and_what_cannot_be_read(tmp_path):
-    path = write(tmp_path / "principle.txt", "\nBe kind.\nBe exact.\n\n")
-    assert q.Config("m", principle=f"@{path}").principle == "Be kind.\nBe exact."
+    path = write(tmp_path / "principle.txt", "\nBe kind.\n\nBe exact.\n")
+    assert q.Config("m", principle=f"@{path}").principle == "Be kind.\n\nBe exact."
     assert q.Config("m", principle="Write to me@home.").principle == "Write to me@home."
     (tmp_path / "bytes").write_bytes(b"\xff")
     for options, message in (
         ({"principle": f"@{tmp_path}/none"}, "No such file"),
         ({"principle": f"@{tmp_path}"}, "Is a directory"),
         ({"principle": f"@{tmp_path}/bytes"}, "can't decode byte"),
-        ({"date": "27 August"}, "27 August"),
+        *(({"date": date}, date) for date in ("", "today", "27.08.2024")),
+        ({"date": "2024-13-01"}, "month"),
     ):
-        with pytest.raises(q.UserError, match=message) as error:
+        place = r"^--date or --principle cannot be read \("
+        with pytest.raises(q.UserError, match=f"{place}.*{message}") as error:
             q.Config("m", **options)
-        assert "--date or --principle" in str(error.value) and "\n" not in str(error.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(q.UserError, match="--principle is empty"):
         q.Config("m", principle=f"@{write(tmp_path / 'empty', ' ')}")
 
@@ -1265,7 +1280,7 @@ def test_micro_batches_keep_to_the_budget(one_rank):
     record = q.optimizer_step(Engine(), lambda samples: None, samples, 40, "")
     assert len(sizes) > 3 and max(sizes) <= 40
     real = sum(len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples)
-    assert record["padding"] == pytest.approx(1 - real / sum(sizes)) and 0 < record["padding"] < 0.3
+    assert 0 < 1 - real / sum(sizes) < 0.3 and record["tokens"] < real  # Some of it is padding.
 
 
 @pytest.mark.parametrize(
@@ -1510,19 +1525,6 @@ def test_nothing_to_contrast(principle):
     q.Config("m", principle="x", positive_model="m")
 
 
-def test_the_principle_may_stand_in_a_file(tmp_path):
-    path = write(tmp_path / "principle.txt", "\nBe kind.\n\nBe exact.\n")
-    assert q.Config("m", principle=f"@{path}").principle == "Be kind.\n\nBe exact."
-    assert q.Config("m", principle="me@x.org").principle == "me@x.org"
-    with pytest.raises(q.UserError, match=r"--principle cannot be read: .*none\.txt"):
-        q.Config("m", principle=f"@{tmp_path}/none.txt")
-    (tmp_path / "bytes").write_bytes(b"\xff")
-    with pytest.raises(q.UserError, match="--principle cannot be read: 'utf-8' codec"):
-        q.Config("m", principle=f"@{tmp_path}/bytes")
-    with pytest.raises(q.UserError, match="--principle is empty"):
-        q.Config("m", principle="@" + write(tmp_path / "empty.txt", " \n"))
-
-
 SIZES = {  # weights, layers, width, vocabulary
     "3B": (3.09e9, 36, 2048, 151936),
     "7B": (6.74e9, 32, 4096, 32000),
@@ -1581,12 +1583,6 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         run(4.0, gpu_memory_utilization=0.1)
 
 
-@pytest.mark.parametrize("date", ["", "today", "2024-13-01", "27.08.2024"])
-def test_a_date_that_is_none(date):
-    with pytest.raises(q.UserError, match=r"^--date or --principle cannot be read: "):
-        q.Config("m", date=date)
-
-
 def test_many_prompts_are_shortened_as_they_are_one_by_one(tokenizer):
     rng, roles = random.Random(0), (user, assistant)
     for template in (CHAT_TEMPLATE, DEFAULT_SYSTEM, REFUSES_SYSTEM, None):
@@ -1598,9 +1594,11 @@ def test_many_prompts_are_shortened_as_they_are_one_by_one(tokenizer):
             system = [{"role": "system", "content": "Own."}]
             dialogues.append(turns if i % 3 else system + turns)
         for limit in (90, 260, 10**6):
-            fitted = chat.shorten(dialogues, limit)
-            assert fitted == [chat.shorten([turns], limit)[0] for turns in dialogues]
-            assert len({type(x) for x in fitted}) == 2  # Prompts, and reasons why there is none.
+            fitted, left_out = shorten(chat, dialogues, limit)
+            one_by_one = [shorten(chat, [turns], limit) for turns in dialogues]
+            assert fitted == [prompt for (prompt,), _ in one_by_one]
+            assert left_out == sum((out for _, out in one_by_one), collections.Counter())
+            assert left_out and len(fitted) > left_out.total()  # Prompts, and some without.
 
 
 def test_say_spells_control_characters_out(capsys):
@@ -1927,7 +1925,7 @@ def test_what_a_run_writes_and_says(toy, run_2):
     )
     expected += " sync_seconds sample_seconds train_seconds peak_memory_gib"
     assert list(epochs[0]) == expected.split()
-    expected = "kind epoch step loss kl sampler_gap padding samples tokens grad_norm"
+    expected = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
     assert list(metrics(out, "step")[0]) == expected.split()
     expected = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
     expected += " finish_reason"
@@ -2235,7 +2233,7 @@ q.main(train)
     options = settings(toy, tmp_path / "out", *TRAINING)
     result = launch(2, *options, script=script_of(tmp_path, text))
     lines = [x for x in result.stdout.splitlines() if x.startswith("script.py: ")]
-    message = "epoch-001: not written, disk full? ([Errno 28] No space left on device)"
+    message = "epoch-001: not written, disk full? (OSError: [Errno 28] No space left on device)"
     assert result.returncode == 2 and len(lines) == 1 and message in lines[0], result.stdout
     assert "Traceback" not in result.stdout + result.stderr
     pids = [int(x.split()[1]) for x in result.stdout.splitlines() if x.startswith("PID")]
@@ -2489,11 +2487,14 @@ def test_run_sh_passes_options_and_exit_code_on(toy, tmp_path):
 
 MISTAKES = """
 import json, os, sys, torch, inverse_q as q
-sys.stderr = sys.stdout
+sys.stderr, os._exit = sys.stdout, sys.exit  # Else the first mistake ends the process.
 def main(case):
     sys.argv = ["inverse_q.py", *case]
     try:
-        q.main()
+        try:
+            q.main()
+        except q.UserError as error:
+            sys.excepthook(type(error), error, None)
     except SystemExit as exit:
         print("EXIT", exit.code)
 for case in json.load(open(sys.argv[1])):
@@ -2564,17 +2565,23 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours("--model", model_file), no_model),
         (ours("--model", broken), f"broken: {no_model}"),
         (ours("--model", remote), f"remote: {no_model}"),
-        (ours(*data("")), f"{no_prompt}; left out: {{'without a prompt': 0"),
+        (ours(*data("")), f"{no_prompt}; left out: {{}}"),
         (ours(*data('{"prompt": "x"}\n{"x\n')), "line 2: cannot be read as JSON"),
         (ours(*data("[]\n")), "line 1: a record needs"),
         (ours(*data('{"text": "x"}\n')), a_line_needs),
         (ours(*data('{"prompt": "\\n\\nAssistant: x"}\n')), no_prompt),
         (ours("--max_prompt_tokens", 5), f"{no_prompt}; left out: {{'without a prompt': 0"),
         (ours("--principle", ""), "--principle is empty"),
-        (ours("--principle", "@no.txt"), "--principle cannot be read: [Errno 2] No such file"),
-        (ours("--date", "today"), "--date or --principle cannot be read: Invalid isoformat"),
+        (
+            ours("--principle", "@no.txt"),
+            "--principle cannot be read (FileNotFoundError: [Errno 2] No such file",
+        ),
+        (
+            ours("--date", "today"),
+            "--date or --principle cannot be read (ValueError: Invalid isoformat",
+        ),
         (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
-        (ours("--positive_model", other), "its vocabulary has to be that of"),
+        (ours("--positive_model", other), "their vocabularies have to be the same"),
         (ours("--positive_model", capped), "caps or scales its logits"),
         (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
         (ours("--tensor_parallel_size", 3), "size 3: has to divide the number of ranks, 1"),

@@ -262,15 +262,13 @@ def bench_train(model, samples, stretch, checkpointing=True):
     batch = hh_like(samples, stretch, policy.model.config.vocab_size)
     head = policy.model.lm_head
     own_forwards = policy.forward, head.forward
-    records = []
 
     def plain_head(h):
         return torch.nn.functional.linear(h, head.weight)
 
     def ours(some=batch):
         policy.forward, head.forward = own_forwards
-        budget = cfg.micro_batch_tokens
-        records.append(q.optimizer_step(engine, superior, some, budget, "benchmark"))
+        q.optimizer_step(engine, superior, some, cfg.micro_batch_tokens, "benchmark")
 
     def papers(some=batch):
         policy.forward, head.forward = policy.model.forward, plain_head
@@ -291,6 +289,10 @@ def bench_train(model, samples, stretch, checkpointing=True):
     )
     peak = sum(q.gather([20 * 2 * MATRIX**3 / min(before, after)]))  # FLOP/s of all ranks
     config = policy.model.config
+    lengths = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in batch]
+    micro_steps = q.deal(lengths, ranks, cfg.micro_batch_tokens)
+    batches = [indices for micro_step in micro_steps for indices in micro_step if indices]
+    positions = sum(len(indices) * lengths[indices[0]] for indices in batches)  # longest first
     return {
         "d": config.hidden_size,
         "layers": config.num_hidden_layers,
@@ -302,8 +304,8 @@ def bench_train(model, samples, stretch, checkpointing=True):
         "seconds": seconds,
         "gemm_gflops": peak / 1e9,
         "mfu": method_flop(policy.model, batch) / seconds / peak,
-        "padding": records[-1]["padding"],
-        "tokens": sum(len(s.prompt_ids) + len(s.response_ids) - 1 for s in batch),
+        "padding": 1 - sum(lengths) / positions,
+        "tokens": sum(lengths),
     }
 
 

@@ -42,13 +42,12 @@ class Credit:
 def read_pairs(cfg, chat):
     """(prompt, record) of all records of --data whose prompt fits, in their order. A prompt may
     come with several responses, but counts once where the model has to respond."""
-    known = set()
-    for prompt, record in q.read_prompts(cfg, chat, "test"):
-        if prompt:
-            key = json.dumps([prompt, record.get("response"), record.get("response_ids")])
-            if key not in known:
-                known.add(key)
-                yield prompt, record
+    known, limit = set(), cfg.max_prompt_tokens
+    for prompt, record in q.read_prompts(cfg.data, "test", chat, limit, collections.Counter()):
+        key = json.dumps([prompt, record.get("response"), record.get("response_ids")])
+        if key not in known:
+            known.add(key)
+            yield prompt, record
 
 
 def read_samples(cfg):

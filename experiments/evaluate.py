@@ -202,16 +202,15 @@ def draw(cfg, names):
     for model in dict.fromkeys(config_of(cfg, name).model for name in names):
         chats.append(q.Chat(q.load_tokenizer(config_of(cfg, model)), cfg.principle, cfg.date))
 
-    distinct = {}
-    for prompt, record in q.read_prompts(cfg, chats[0], "test"):
-        if prompt:
-            distinct.setdefault(json.dumps(prompt), (prompt, record))
+    distinct, left_out, limit = {}, collections.Counter(), cfg.max_prompt_tokens
+    for prompt, record in q.read_prompts(cfg.data, "test", chats[0], limit, left_out):
+        distinct.setdefault(json.dumps(prompt), (prompt, record))
     pairs = list(distinct.values())
     for chat in chats:
-        shortened = chat.shorten([prompt for prompt, _ in pairs], cfg.max_prompt_tokens)
+        shortened = chat.shorten([prompt for prompt, _ in pairs], limit, left_out)
         pairs = [pair for pair, short in zip(pairs, shortened, strict=True) if pair[0] == short]
-    limit = f"--max_prompt_tokens {cfg.max_prompt_tokens}"
-    q.check(pairs, f"{limit}: no prompt is as short as that for every model")
+    short = "no prompt is as short as that for every model"
+    q.check(pairs, f"--max_prompt_tokens {limit}: {short}")
     count = min(cfg.eval_samples, len(pairs))
     drawn = [pairs[i] for i in q.draw_prompts(len(pairs), count, 1, cfg.seed)]
     return [prompt for prompt, _ in drawn], [record for _, record in drawn]
