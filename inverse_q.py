@@ -80,12 +80,13 @@ import jinja2
 import psutil
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# vLLM, DeepSpeed and transformers are imported where they are used, because they take seconds.
+# vLLM and DeepSpeed are imported where they are used, because they take seconds.
 # The helpers say(), gather(), check() and UserError stand at the end, with the rest of the job.
 
 # ---------------------------------------------------------------------------------------- Config --
@@ -308,9 +309,8 @@ def prompt_of(record: dict) -> list[Message]:
 
 
 def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
-    """Which of n prompts epoch 1, 2, ... uses: the next `count` of an endless row of shuffles.
-
-    They follow from the seed alone, so that a resumed run draws the same."""
+    """Which of n prompts epoch 1, 2, ... uses: the next `count` of an endless row of shuffles that
+    follow from the seed alone, so that a resumed run draws the same."""
     shuffles = range(math.ceil(epoch * count / n))
     order = [i for k in shuffles for i in random.Random(f"{seed}/{k}").sample(range(n), n)]
     return order[(epoch - 1) * count : epoch * count]
@@ -346,10 +346,9 @@ class Chat:
         question = {"role": "user", "content": "<Q>"}
         plain = self.render([question])
         check("<Q>" in plain, "the chat template of --model does not show the text of a user turn")
-        try:
+        shown = ""
+        with contextlib.suppress(UserError):
             shown = self.render([{"role": "system", "content": "<S>"}, question])
-        except UserError:
-            shown = ""
         self.has_system = "<S>" in shown
         self.default_system = default_text(plain, shown) if self.has_system else ""
         # But for one insertion, and white space, the two contexts have to be equal.
@@ -409,25 +408,6 @@ class Chat:
             left_out["too long"] += sum(not prompts[i] for i in pending)
             pending = [i for i in pending if prompts[i]]
         return prompts
-
-
-def squeeze(text: str) -> str:
-    """The text without its white space."""
-    return "".join(text.split())
-
-
-def default_text(plain: str, shown: str) -> str:
-    """The system text that plain has where shown has "<S>"; white space may differ. Or "".
-
-    For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
-    a, b = squeeze(plain), squeeze(shown)
-    start, size = b.index("<S>"), 3 + (len(a) - len(b)) // b.count("<S>")
-    if b.replace("<S>", a[start : start + size]) != a:
-        return ""
-    # The text with the white space behind it, but for what shown has there as well.
-    places = [i for i, character in enumerate(f"{plain}.") if not character.isspace()]
-    text, behind = plain[places[start] : places[start + size]], shown.split("<S>")[1]
-    return text.removesuffix(behind[: len(behind) - len(behind.lstrip())])
 
 
 # -------------------------------------------------------------------------------------- Sampling --
@@ -557,20 +537,18 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
 
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config
-
     # As HfDeepSpeedConfig, which needs another package. transformers keeps a weak reference alone,
     # so the name zero3 has to exist until the model is loaded.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
-    set_hf_deepspeed_config(zero3)
-    how = {"dtype": getattr(torch, cfg.dtype), "trust_remote_code": cfg.trust_remote_code}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
+    how = {"trust_remote_code": cfg.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(name, **how)
+    how |= {"config": config, "dtype": getattr(torch, cfg.dtype)}
     for part in (config, config.get_text_config()):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, **how)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
     # zero.Init has rounded the rotary frequencies to bfloat16, radians off at position 1000.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
@@ -791,7 +769,26 @@ def train(cfg: Config):
 # The method ends here. What follows is the job that keeps a run alive.
 
 
-# ----------------------------------------------------------------------------------------- Files --
+# ----------------------------------------------------------------------------------------- Input --
+def squeeze(text: str) -> str:
+    """The text without its white space."""
+    return "".join(text.split())
+
+
+def default_text(plain: str, shown: str) -> str:
+    """The system text that plain has where shown has "<S>"; white space may differ. Or "".
+
+    For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    a, b = squeeze(plain), squeeze(shown)
+    start, size = b.index("<S>"), 3 + (len(a) - len(b)) // b.count("<S>")
+    if b.replace("<S>", a[start : start + size]) != a:
+        return ""
+    # The text with the white space behind it, but for what shown has there as well.
+    places = [i for i, character in enumerate(f"{plain}.") if not character.isspace()]
+    text, behind = plain[places[start] : places[start + size]], shown.split("<S>")[1]
+    return text.removesuffix(behind[: len(behind) - len(behind.lstrip())])
+
+
 def data_files(data: str, split: str) -> Iterator[Path]:
     """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):
@@ -826,8 +823,8 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
 
 def read_prompts(data: str, split: str, chat: Chat, limit: int, left_out: Counter) -> Iterator:
     """(prompt, record) of the records of data; left_out counts those without, by reason."""
-    mistakes = KeyError, TypeError, AttributeError, ValueError
     needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
+    mistakes = KeyError, TypeError, AttributeError, ValueError
     records = itertools.chain.from_iterable(map(read_records, data_files(data, split)))
     records = iter(tqdm(records, f"Reading {data}", unit=" records", leave=False))
     while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
@@ -850,11 +847,7 @@ def load_prompts(data: str, split: str, chat: Chat, limit: int) -> tuple[list, d
     return list(distinct.values()), dict(left_out)
 
 
-# Options that may change when a run is resumed: they change no result beyond rounding.
-FREE = "epochs save_every output_dir ds_config micro_batch_tokens activation_checkpointing"
-FREE = (FREE + " gpu_memory_utilization tensor_parallel_size").split()
-
-
+# ----------------------------------------------------------------------------------------- Files --
 class Run:
     """What a run leaves under --output_dir. Rank 0 writes text files and model/ under another name
     first, so no kill leaves half of one. A run is resumed after the epoch that state/done.json
@@ -879,10 +872,13 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         config, done = self.folder / "config.json", self.state / "done.json"
         there = json.loads(config.read_text()) if config.exists() else settings
-        keys = [key for key in settings if there.get(key) != settings[key] and key not in FREE]
+        # What may differ when a run is resumed: it changes no result beyond rounding.
+        free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
+        free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
+        keys = [key for key in settings if there.get(key) != settings[key] and key not in free]
         changed = "; ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in keys)
-        hint = "use its settings or another folder"
-        check(not keys, f"{place} holds another run, {hint}: {changed}")
+        another = f"{place} holds another run, use its settings or another folder"
+        check(not keys, f"{another}: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         metrics = self.folder / "metrics.jsonl"
@@ -1077,8 +1073,7 @@ def check_options(cfg: Config):
         datetime.fromisoformat(cfg.date)
         if cfg.principle and cfg.principle.startswith("@"):
             cfg.principle = Path(cfg.principle[1:]).read_text("utf-8").strip()
-    empty = cfg.principle is not None and not cfg.principle.strip()
-    check(not empty, "--principle is empty and contrasts nothing")
+    check(cfg.principle is None or cfg.principle.strip(), "--principle is empty")
 
 
 def deepspeed_config(cfg: Config) -> dict:
@@ -1092,11 +1087,9 @@ def deepspeed_config(cfg: Config) -> dict:
         "zero_force_ds_cpu_optimizer": False,
     }
     file = f"--ds_config {cfg.ds_config}"
-    needs = "not a JSON file with zero_optimization and its stage"
-    with as_user_error(f"{file}: {needs}", OSError, ValueError, LookupError, TypeError):
+    with as_user_error(f"{file}: set ZeRO stage 3", OSError, ValueError, LookupError, TypeError):
         config = json.loads(Path(cfg.ds_config).read_text())
-        stage = config["zero_optimization"]["stage"]
-    check(stage == 3, f"{file}: set ZeRO stage 3")
+        check(config["zero_optimization"]["stage"] == 3, f"{file}: set ZeRO stage 3")
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
         check(key not in config, f"{file}: remove {key!r}, inverse_q.py sets it")
     return config | owned
@@ -1120,12 +1113,10 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -
 
 def check_memory(cfg: Config, ds_config: dict):
     """Say what each GPU has to hold, and refuse what cannot fit."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     how = {"trust_remote_code": cfg.trust_remote_code}
-    config = AutoConfig.from_pretrained(cfg.model, **how)
+    config = transformers.AutoConfig.from_pretrained(cfg.model, **how)
     with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config, **how).num_parameters()
+        weights = transformers.AutoModelForCausalLM.from_config(config, **how).num_parameters()
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
     needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
     text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(*needs)
@@ -1142,24 +1133,23 @@ def check_memory(cfg: Config, ds_config: dict):
 
 def load_tokenizer(cfg: Config):
     """The policy's tokenizer, after the checks of the models that need no weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
     how, vocabularies = {"trust_remote_code": cfg.trust_remote_code}, {}
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     for name in dict.fromkeys((cfg.negative_model, cfg.positive_model, cfg.model)):
         with as_user_error(f"{name}: no model folder or hub id that loads", OSError, ValueError):
-            config = AutoConfig.from_pretrained(name, **how).get_text_config()
+            config = transformers.AutoConfig.from_pretrained(name, **how).get_text_config()
             # mistral_common's tokenizer, the alternative, reads special tokens as plain text.
-            tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **how)
+            load = transformers.AutoTokenizer.from_pretrained
+            tokenizer = load(name, mistral_format=False, **how)
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
         check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
         vocabularies[name] = tokenizer.get_vocab(), config.vocab_size
         have = getattr(config, "max_position_embeddings", None) or need
-        lower = f"lower --max_prompt_tokens + --max_new_tokens, {need}, to its {have} positions"
-        check(need <= have, f"{name}: {lower}")
-        scales = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        plain = all(getattr(config, scale, None) in (None, 1) for scale in scales)
-        check(plain, f"{name}: unsupported, it caps or scales its logits after the output layer")
+        limits = f"--max_prompt_tokens + --max_new_tokens, {need}"
+        check(need <= have, f"{name}: lower {limits}, to its {have} positions")
+        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            plain = getattr(config, key, None) in (None, 1)
+            check(plain, f"{name}: unsupported, its logits are not the output layer's ({key})")
     same = all(vocabulary == vocabularies[cfg.model] for vocabulary in vocabularies.values())
     check(same, f"{', '.join(vocabularies)}: their vocabularies have to be the same")
     if hasattr(tokenizer, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
@@ -1176,9 +1166,8 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     check(divides, f"--tensor_parallel_size {parallel}: has to divide the number of ranks, {ranks}")
     ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle, cfg.date)
     check_memory(cfg, ds_config)
-    say(f"  policy     {cfg.model}")
-    say(f"  contrast   alpha {cfg.alpha}, pi_0 {cfg.negative_model}, pi_plus {cfg.positive_model}")
-    say(f"  principle  {cfg.principle}")
+    say(f"  policy     {cfg.model}\n  pi_0       {cfg.negative_model}")
+    say(f"  pi_plus    {cfg.positive_model}, alpha {cfg.alpha}, shown: {cfg.principle}")
     limit = cfg.max_prompt_tokens
     prompts, left_out = on_rank_0(load_prompts, cfg.data, "train", chat, limit)
     say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
@@ -1196,17 +1185,14 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     """Parse the command line and run. A UserError is one line, and exit code 2."""
     sys.excepthook = end_at_once
     stop_at_once()
-    from transformers import HfArgumentParser
-    from transformers.utils import logging as transformers_logging
-
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # Else .bin weights ask the hub.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel("ERROR")  # It also speaks before it has read that.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # It compiles at start, by nvcc.
     warnings.simplefilter("ignore", FutureWarning)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    parser = HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher's
     *parsed, unknown = parser.parse_args_into_dataclasses(arguments, True)
     if unknown:
