@@ -69,7 +69,7 @@ import warnings
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -308,11 +308,12 @@ def prompt_of(record: dict) -> list[Message]:
     return prompt
 
 
-def draw_prompts(n: int, count: int, epoch: int, seed: int) -> list[int]:
-    """Which of n prompts epoch 1, 2, ... uses: the next `count` of an endless row of shuffles that
-    follow from the seed alone, so that a resumed run draws the same."""
-    shuffles = range(math.ceil(epoch * count / n))
-    order = [i for k in shuffles for i in random.Random(f"{seed}/{k}").sample(range(n), n)]
+def draw_prompts(prompts: list[list[Message]], count: int, epoch: int, seed: int) -> list:
+    """The prompts of epoch 1, 2, ...: the next `count`. Once all are used, they are shuffled anew.
+    What is drawn follows from the seed, and so a resumed run draws the same."""
+    order, n = list(prompts), len(prompts)
+    for k in range(1, math.ceil(epoch * count / n)):
+        order += random.Random(f"{seed}/{k}").sample(prompts, n)
     return order[(epoch - 1) * count : epoch * count]
 
 
@@ -728,8 +729,8 @@ def train(cfg: Config):
         synced = time.perf_counter()
 
         # 1. Sample y ~ pi_theta(.|x).
-        drawn = draw_prompts(len(prompts), cfg.samples_per_epoch, epoch, cfg.seed)
-        samples = sampler.sample([prompts[i] for i in drawn], epoch)
+        drawn = draw_prompts(prompts, cfg.samples_per_epoch, epoch, cfg.seed)
+        samples = sampler.sample(drawn, epoch)
         sampled = time.perf_counter()
         unseen, evaluation = sampler.sample(held_out, "held out"), {}
         sampler.llm.sleep(level=2)
@@ -804,30 +805,32 @@ def data_files(data: str, split: str) -> Iterator[Path]:
         yield from files
 
 
-def read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, record) for every line of a .jsonl file or every item of the list in a .json file."""
-    place, is_list = str(path), path.name.removesuffix(".gz").endswith(".json")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            items = json.load(file) if is_list else file
-            check(not is_list or isinstance(items, list), f"{path}: has to be a list of records")
-            for n, item in enumerate(items, 1):
-                place = f"{path}, {'item' if is_list else 'line'} {n}"
-                if is_list:
-                    yield place, item
-                elif item.strip():
-                    yield place, json.loads(item)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
+def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
+    """(place, record) for the lines of .jsonl files and the items of the lists in .json files."""
+    for path in data_files(data, split):
+        place, is_list = str(path), path.name.removesuffix(".gz").endswith(".json")
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                items = json.load(file) if is_list else file
+                check(
+                    not is_list or isinstance(items, list), f"{path}: has to be a list of records"
+                )
+                for n, item in enumerate(items, 1):
+                    place = f"{path}, {'item' if is_list else 'line'} {n}"
+                    if is_list:
+                        yield place, item
+                    elif item.strip():
+                        yield place, json.loads(item)
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+            raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
 
 
-def read_prompts(data: str, split: str, chat: Chat, limit: int, left_out: Counter) -> Iterator:
-    """(prompt, record) of the records of data; left_out counts those without, by reason."""
+def read_prompts(records: Iterable, chat: Chat, limit: int, left_out: Counter) -> Iterator:
+    """(prompt, record) for each of the records, (place, record), that have a prompt of at most
+    `limit` tokens; left_out counts the others by reason."""
+    records, mistakes = iter(records), (KeyError, TypeError, AttributeError, ValueError)
     needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
-    mistakes = KeyError, TypeError, AttributeError, ValueError
-    records = itertools.chain.from_iterable(map(read_records, data_files(data, split)))
-    records = iter(tqdm(records, f"Reading {data}", unit=" records", leave=False))
-    while batch := list(itertools.islice(records, 4096)):  # Tokenizers are fast on many texts.
+    while batch := list(itertools.islice(records, 1024)):  # Tokenizers are fast on many texts.
         prompts = []
         for place, record in batch:
             with as_user_error(f"{place}: {needs}", *mistakes):
@@ -836,10 +839,15 @@ def read_prompts(data: str, split: str, chat: Chat, limit: int, left_out: Counte
         yield from ((p, record) for p, (_, record) in zip(prompts, batch, strict=True) if p)
 
 
-def load_prompts(data: str, split: str, chat: Chat, limit: int) -> tuple[list, dict[str, int]]:
-    """The distinct prompts of data, and how many records were left out, by reason."""
+def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed: int) -> tuple:
+    """`count` distinct prompts of data by chance, or all if it has fewer, and how many of the
+    records that were looked at had to be left out, by reason."""
+    records = list(tqdm(read_records(data, split), f"Reading {data}", unit=" records"))
+    random.Random(seed).shuffle(records)
     distinct, left_out = {}, Counter()
-    for prompt, _ in read_prompts(data, split, chat, limit, left_out):
+    for prompt, _ in read_prompts(records, chat, limit, left_out):
+        if len(distinct) == count:
+            break
         key = json.dumps(prompt)
         left_out["duplicate"] += key in distinct
         distinct[key] = prompt
@@ -856,7 +864,8 @@ class Run:
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
         settings = {**asdict(cfg), "ranks": dist.get_world_size()}
-        settings["data_crc32"] = zlib.crc32(json.dumps(prompts).encode())
+        first = json.dumps(prompts[: cfg.samples_per_epoch])  # There are more for more epochs.
+        settings["data_crc32"] = zlib.crc32(first.encode())
         # Of --ds_config, this changes results most. The rest may hold secrets of monitors.
         settings["gradient_clipping"] = ds_config.get("gradient_clipping")
         self.epoch = on_rank_0(self.open, settings)
@@ -1168,14 +1177,12 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     check_memory(cfg, ds_config)
     say(f"  policy     {cfg.model}\n  pi_0       {cfg.negative_model}")
     say(f"  pi_plus    {cfg.positive_model}, alpha {cfg.alpha}, shown: {cfg.principle}")
-    limit = cfg.max_prompt_tokens
-    prompts, left_out = on_rank_0(load_prompts, cfg.data, "train", chat, limit)
+    limit, count = cfg.max_prompt_tokens, cfg.epochs * cfg.samples_per_epoch
+    prompts, left_out = on_rank_0(load_prompts, cfg.data, "train", chat, limit, count, cfg.seed)
     say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
-    held_out = []
+    held_out, count = [], cfg.eval_samples
     if cfg.eval_data:
-        unseen, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit)
-        count = min(cfg.eval_samples, len(unseen))
-        held_out = [unseen[i] for i in draw_prompts(len(unseen), count, 1, cfg.seed)]
+        held_out, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit, count, cfg.seed)
     say("Whatever ends this job: The same command goes on after the last save.")
     return ds_config, chat, prompts, held_out
 

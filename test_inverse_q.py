@@ -491,8 +491,8 @@ class AnyLength:
         return dialogues
 
 
-def load(data, chat=AnyLength, limit=10**6):
-    return q.load_prompts(data, "train", chat, limit)
+def load(data, chat=AnyLength, limit=10**6, count=10**6, seed=0):
+    return q.load_prompts(data, "train", chat, limit, count, seed)
 
 
 def shorten(chat, dialogues, limit):
@@ -507,7 +507,7 @@ def test_files_of_every_kind_together(tmp_path, suffix):
     a = write(tmp_path / f"a.jsonl{suffix}", lines)
     b = write(tmp_path / f"b.json{suffix}", '[{"prompt": "three"}, {"prompt": "one"}]')
     prompts, left_out = load(f"{a}, {b}")
-    assert [p[0]["content"] for p in prompts] == ["one", "two", "three"]
+    assert sorted(p[0]["content"] for p in prompts) == ["one", "three", "two"]
     assert left_out == {"without a prompt": 0, "duplicate": 1}
 
 
@@ -662,8 +662,7 @@ def test_hub_data_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
     def prompts(name, split="train"):
-        files = q.data_files(name, split)
-        return [record["prompt"] for file in files for _, record in q.read_records(file)]
+        return [record["prompt"] for _, record in q.read_records(name, split)]
 
     assert prompts("org/set") == ["harmless", "helpful"]
     assert prompts("org/set/harmless") == ["harmless"]
@@ -678,12 +677,36 @@ def test_hub_data_sets(tmp_path, monkeypatch):
 
 
 def test_epochs_walk_through_a_shuffle_and_reshuffle_when_it_is_used_up():
-    drawn = [i for epoch in range(1, 8) for i in q.draw_prompts(10, 4, epoch, seed=3)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
-    assert drawn[:10] != drawn[10:20] and drawn[:10] != list(range(10))
-    assert q.draw_prompts(10, 4, 5, seed=3) == drawn[16:20]  # whatever was drawn before
-    assert q.draw_prompts(10, 10, 1, seed=4) != drawn[:10]
-    assert sorted(q.draw_prompts(2, 6, 1, 0)) == [0, 0, 0, 1, 1, 1]  # fewer prompts than samples
+    prompts = list("abcdefghij")
+    drawn = [i for epoch in range(1, 9) for i in q.draw_prompts(prompts, 4, epoch, seed=3)]
+    assert drawn[:10] == prompts and sorted(drawn[10:20]) == sorted(drawn[20:30]) == prompts
+    assert prompts != drawn[10:20] != drawn[20:30] and prompts == list("abcdefghij")
+    assert q.draw_prompts(prompts, 4, 5, seed=3) == drawn[16:20]  # whatever was drawn before
+    assert q.draw_prompts(prompts, 10, 2, seed=4) != drawn[10:20]
+    assert sorted(q.draw_prompts([1, 2], 6, 1, 0)) == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]  # more samples than prompts
+
+
+def test_as_many_prompts_are_drawn_as_a_run_needs(tmp_path):
+    """By the seed, from all of the data; a longer run begins with the prompts of a shorter one."""
+    lines = [json.dumps({"prompt": f"{i % 2500}"}) + "\n" for i in range(3000)]
+    data = write(tmp_path / "a.jsonl", "".join(lines))
+    texts = lambda **options: [p[0]["content"] for p in load(data, **options)[0]]  # noqa: E731
+    some, most, every = (texts(count=n) for n in (40, 2000, 9000))
+    assert some == most[:40] and most == every[:2000] and len(every) == len(set(every)) == 2500
+    assert texts(count=40, seed=1) != some and max(map(int, some)) > 1000
+    assert load(data)[1] == {"without a prompt": 0, "duplicate": 500}
+    # What is not needed is not looked at, but for the batch that was begun.
+    data = write(tmp_path / "b.jsonl", "".join(lines) * 4 + '{"question": "x"}\n')
+    assert len(load(data, count=40)[0]) == 40
+    with pytest.raises(q.UserError, match=r"b\.jsonl, line 12001: a record needs 'prompt'"):
+        load(data)
 
 
 # ---------------------------------------------------------------------------- Tests: the prompts --
@@ -2009,8 +2032,8 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     pi_0 = AutoModelForCausalLM.from_pretrained(toy / "tied", dtype=torch.float64)
     unseen = read_jsonl(tmp_path / "samples" / "held-out-001.jsonl")
     prompts = [q.prompt_of(record) for record in RECORDS]
-    drawn = [prompts[i] for i in q.draw_prompts(len(prompts), 5, 1, 0)]  # not the first five
-    assert [s["messages"] for s in unseen] == drawn != prompts[:5]
+    asked = [s["messages"] for s in unseen]  # five by chance, not the first five
+    assert all(asked.count(x) == 1 and x in prompts for x in asked) and asked != prompts[:5]
     for s in unseen:
         with torch.no_grad():
             z = oracle_logits(policy, s["prompt_ids"], s["response_ids"])

@@ -43,7 +43,8 @@ def read_pairs(cfg, chat):
     """(prompt, record) of all records of --data whose prompt fits, in their order. A prompt may
     come with several responses, but counts once where the model has to respond."""
     known, limit = set(), cfg.max_prompt_tokens
-    for prompt, record in q.read_prompts(cfg.data, "test", chat, limit, collections.Counter()):
+    records = q.read_records(cfg.data, "test")
+    for prompt, record in q.read_prompts(records, chat, limit, collections.Counter()):
         key = json.dumps([prompt, record.get("response"), record.get("response_ids")])
         if key not in known:
             known.add(key)

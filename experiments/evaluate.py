@@ -203,7 +203,8 @@ def draw(cfg, names):
         chats.append(q.Chat(q.load_tokenizer(config_of(cfg, model)), cfg.principle, cfg.date))
 
     distinct, left_out, limit = {}, collections.Counter(), cfg.max_prompt_tokens
-    for prompt, record in q.read_prompts(cfg.data, "test", chats[0], limit, left_out):
+    records = q.read_records(cfg.data, "test")
+    for prompt, record in q.read_prompts(records, chats[0], limit, left_out):
         distinct.setdefault(json.dumps(prompt), (prompt, record))
     pairs = list(distinct.values())
     for chat in chats:
@@ -212,7 +213,7 @@ def draw(cfg, names):
     short = "no prompt is as short as that for every model"
     q.check(pairs, f"--max_prompt_tokens {limit}: {short}")
     count = min(cfg.eval_samples, len(pairs))
-    drawn = [pairs[i] for i in q.draw_prompts(len(pairs), count, 1, cfg.seed)]
+    drawn = random.Random(cfg.seed).sample(pairs, count)
     return [prompt for prompt, _ in drawn], [record for _, record in drawn]
 
 
