@@ -3,11 +3,11 @@
 
 The method of "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language Models
 Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874). Our copy of the
-paper has lost its formulas; equations 5 to 10 are reconstructed from its text.
+paper had lost its formulas; they are reconstructed here from its text.
 
 THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t its next token.
   pi_theta  the policy in training
-  pi_0      the base model, frozen at the weights that training starts from
+  pi_0      the base model, frozen; unless another is named, the policy as it was before training
   pi_plus   the same frozen model, shown a principle in its system message; or an aligned model
   pi_hat    the estimate of a superior policy: the contrast of pi_plus with pi_0, amplified by alpha
 
@@ -15,9 +15,10 @@ THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t 
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
 These two lines are all that training computes. One epoch (sec. 5) has three steps:
-  1. Sample a response to each of 500 prompts from the current policy (vLLM).
-  2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat (ZeRO-3).
-  3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N (ZeRO-3).
+  1. Sample a response to each of 500 prompts from the current policy, with vLLM.
+  2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat.
+  3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N. All models but
+     vLLM's are sharded over the GPUs, by DeepSpeed's ZeRO-3.
 
 WHY IT IS REINFORCEMENT LEARNING.  What follows explains the loss and never enters it. beta is the
 weight of the KL penalty.
@@ -26,24 +27,25 @@ weight of the KL penalty.
   value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)  (eq. 7-10)
   credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]
 
-J is largest at pi_hat, and L pulls pi_theta there: up to a constant L is KL(pi_hat || pi_theta) at
-each token of the policy's samples. Lemma 4.1: by J, no mixture of pi_theta and pi_hat is worse than
-pi_theta, if distributions over whole responses are mixed; mixtures token by token are not covered.
-A prefix is worth its own reward, so no critic is learnt. The paper does not print the credit: it is
-V(s_{t+1}) - V(s_t).
+J is largest at pi_hat, and L pulls pi_theta there by the other KL: up to a constant, L is
+KL(pi_hat || pi_theta) at each token of the policy's samples. Lemma 4.1: J is no lower for a mixture
+of pi_theta and pi_hat than for pi_theta, if distributions over whole responses are mixed; mixtures
+token by token are not covered. The value of a state is the reward of its prefix, so no critic is
+learnt. The credit of a token is V(s_{t+1}) - V(s_t), which the paper does not spell out.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy; fresh
              prompts in every epoch, and one response to each.
-  Batch      16 samples an optimizer step, the paper's 2 on each of 8 GPUs; an epoch's last
-             step has the rest. N counts its response tokens, over all micro-batches and ranks.
+  Batch      16 samples an optimizer step, as many as 8 GPUs with the paper's 2 each; the last step
+             of an epoch has the rest. N is the number of response tokens of the whole step, over
+             all micro-batches and ranks.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
-  Labels     The whole vocabulary at every response token, the end token included. A response that
-             was cut at the limit has no end token, and is fitted as far as it goes.
+  Labels     The whole vocabulary, at every token of the response and at its end token. A response
+             that was cut at the limit has no end token, and is fitted as far as it goes.
 
-RUN     ./run.sh                                                      a tiny world, on any machine
+RUN     ./run.sh                               a demonstration with a tiny model, on any machine
         deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5       the paper's setting
-SHAPES  B sequences of L tokens; T response tokens of a batch; d hidden size; V vocabulary size.
+SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
 RANKS   One process per GPU runs this file. "Collective": every rank has to make this call, in the
         same order, because the ranks wait for one another in it.
 """
@@ -87,10 +89,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # vLLM and DeepSpeed are imported where they are used, because they take seconds.
-# The helpers say(), gather(), check() and UserError stand at the end, with the rest of the job.
 
 # ---------------------------------------------------------------------------------------- Config --
-# In our own words, after the content of the paper's (app. C).
+# The content of the paper's principle (app. C) in our own words.
 PRINCIPLE = (
     "Follow these principles in every reply. State nothing that is factually wrong. If a request "
     "could endanger anyone's safety or security, decline it, say why, and guide the person towards "
@@ -102,8 +103,8 @@ PRINCIPLE = (
 
 def option(default: object, text: str):
     """A field of Config with its text for --help, which names its source."""
-    source = "" if "sec." in text or "app." in text else " (our choice)"
-    return field(default=default, metadata={"help": text + source})
+    ours = isinstance(default, (int, float)) and not re.search("sec. |app. ", text)
+    return field(default=default, metadata={"help": text + " (our choice)" * ours})
 
 
 @dataclass
@@ -112,29 +113,29 @@ class Config:
 
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
-    principle: str | None = option(None, "What pi_plus is shown (sec. 4.2): a text, or @FILE.")
+    principle: str | None = option(None, "What pi_plus is shown (sec. 4.2), text or @FILE.")
     positive_model: str | None = option(None, "pi_plus (sec. 5.3). Default: pi_0's model.")
     negative_model: str | None = option(None, "pi_0 instead of --model: an SFT model (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
-    plausibility: float = option(0.0, "Cut tokens under this share of pi_plus's top.")
+    plausibility: float = option(0.0, "Drop what is less likely than this part of the top.")
     # Prompts and responses.
     data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
-    eval_data: str | None = option(None, "Held-out prompts, for the kl that an epoch starts from.")
+    eval_data: str | None = option(None, "Held-out prompts, to record the kl before each epoch.")
     eval_samples: int = option(100, "Prompts drawn from --eval_data.")
     max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle.")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
-    temperature: float = option(1.0, "Of sampling.")
-    date: str = option("2024-08-27", "Today, for chat templates that write it.")
+    temperature: float = option(1.0, "Temperature of sampling.")
+    date: str = option("2024-08-27", "The date that some chat templates print.")
     # Training.
     epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
     samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
     batch_size: int = option(16, "Samples of an optimizer step over all ranks.")
-    learning_rate: float = option(1e-6, "Of AdamW (sec. 5), constant.")
-    seed: int = option(0, "Of the order of prompts and of sampling.")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Of the weights.")
+    learning_rate: float = option(1e-6, "Constant rate of AdamW (sec. 5).")
+    seed: int = option(0, "Seed of the choice of prompts and of sampling.")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Type of the weights.")
     # Memory, speed and files.
-    micro_batch_tokens: int = option(4096, "Padded tokens of the policy's forward.")
-    activation_checkpointing: bool = option(True, "Less memory, more work.")
+    micro_batch_tokens: int = option(4096, "Padded tokens of a rank's forward pass.")
+    activation_checkpointing: bool = option(True, "Recompute layers to save memory.")
     gpu_memory_utilization: float = option(0.5, "vLLM's share in sampling.")
     tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
     ds_config: str = option(f"{Path(__file__).parent}/ds_config.json", "DeepSpeed's own settings.")
@@ -159,10 +160,10 @@ Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response t
 def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
 
-    z_0 and z_plus are logits or log-probabilities of pi_0 and pi_plus, [..., V], float32 or wider:
-    alpha multiplies their difference. With plausibility p > 0, tokens v with pi_plus(v) < p max_u
-    pi_plus(u) get probability 0, as in contrastive decoding (Li et al. 2023): alpha above 1 also
-    lifts what both models find absurd."""
+    z_0 and z_plus are logits or log-probabilities of pi_0 and pi_plus, [..., V], float32 or wider,
+    because alpha multiplies their difference. With plausibility p > 0, tokens v that have
+    pi_plus(v) < p max_u pi_plus(u) get probability 0, as in contrastive decoding (Li et al. 2023),
+    because alpha above 1 also lifts what both models find absurd."""
     z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
         threshold = z_plus.amax(-1, keepdim=True) + math.log(plausibility)
@@ -175,12 +176,12 @@ def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: flo
     """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)], [..., T] (from eq. 6-10).
 
     The policies are [..., T, V], the tokens a_t [..., T]; the unit is nats for beta = 1. The sum
-    over t is the reward of the response (eq. 6)."""
+    over t is the reward of the response (eq. 6). For analysis: training does not need it."""
     return beta * (log_pi_hat - log_pi_0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; of half-width types in float32, because bfloat16 has steps of 0.125 from 16 on."""
+    """a @ b, in float32 where a and b are narrower: bfloat16 has steps of 0.125 from 16 on."""
     if a.dtype.itemsize > 2:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
@@ -198,12 +199,13 @@ def soft_label_loss(
     """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
 
     h [T, d] holds the policy's final hidden states at the positions that predict the response
-    tokens, which are tokens [T]; weight [V, d] and bias [V] or None are the output layer. Returns
-    two sums over the tokens, in nats: H(pi_hat, pi_theta), to be divided by N, and H(pi_hat); their
-    difference is KL(pi_hat || pi_theta). And log pi_theta(a_t|s_t), [T]. Only the first has a
-    gradient, for a single backward pass. It is made in closed form together with the loss, `chunk`
-    tokens at a time, so that no [T, V] tensor ever exists."""
-    fit = torch.is_grad_enabled()  # Inside forward() it never is.
+    tokens, tokens [T]; weight [V, d] and bias [V] or None are the output layer. Returns
+      H(pi_hat, pi_theta), summed over the tokens, in nats, to be divided by N
+      H(pi_hat), likewise; the difference of the two is KL(pi_hat || pi_theta)
+      log pi_theta(a_t|s_t), [T]
+    Only the first has a gradient, for a single backward pass. It is made in closed form together
+    with the loss, `chunk` tokens at a time, so that no [T, V] tensor ever exists."""
+    fit = torch.is_grad_enabled()  # Inside of forward() it is always off.
     return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, fit)
 
 
@@ -232,7 +234,7 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # In place, because these are the largest tensors. backward() scales with the rest.
+            # In place, because these are the largest tensors. The divisor N comes in backward().
             pi_theta = log_pi_theta.exp_()
             grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [t, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -240,7 +242,7 @@ class SoftLabelLoss(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(h.dtype)
             grad_h[rows] = matmul(grad_logits, weight)
-            if h.dtype == wide:  # This spares a [V, d] tensor for every chunk.
+            if h.dtype == wide:  # addmm_() adds the product without a [V, d] tensor for it.
                 grad_weight.addmm_(grad_logits.t(), h[rows])
             else:
                 grad_weight += matmul(grad_logits.t(), h[rows])
@@ -252,7 +254,7 @@ class SoftLabelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # Scaled in place and kept by nobody else, these large tensors become .grad uncopied.
+        # PyTorch takes them as .grad without a copy: they are scaled in place and not kept here.
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(scale) for g in gradients), *[None] * 4
 
@@ -265,7 +267,8 @@ ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
 def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str, str]]:
-    """(role, text) of every turn of messages or of an HH text; another text is speaker's turn."""
+    """(role, text) of every turn of messages or of an HH text. Any other text is one turn, the
+    speaker's."""
     if isinstance(conversation, list):
         turns = [(message["role"], message["content"]) for message in conversation]
     elif HH_TURN.match(conversation):
@@ -273,7 +276,7 @@ def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str,
         turns = list(zip(parts[::2], parts[1::2], strict=True))
     else:
         turns = [(speaker, conversation)]
-    "".join(text for _, text in turns).encode()  # A lone surrogate is a ValueError.
+    "".join(text for _, text in turns).encode()  # Raises ValueError for what UTF-8 cannot hold.
     return [(ROLES[role], text.strip()) for role, text in turns]
 
 
@@ -281,11 +284,11 @@ def prompt_of(record: dict) -> list[Message]:
     """The prompt of a record, whose last turn is the user's, or [] if it has none.
 
     It is `prompt` or `messages`, or else the turns that `chosen` and `rejected` begin with alike
-    (sec. 5.1): turns, because in one of five HH pairs the two final replies begin with the same
-    characters. Two plain texts are two replies, and share no prompt."""
-    if "prompt" in record or "messages" in record:
-        turns = turns_of(record["prompt"] if "prompt" in record else record["messages"], "user")
-    else:
+    (sec. 5.1). Two plain texts are two replies, and share no prompt."""
+    conversation = record.get("prompt", record.get("messages"))
+    if conversation is not None:
+        turns = turns_of(conversation, "user")
+    else:  # By turns, because in one of five HH pairs both final replies begin with the same words.
         sides = [turns_of(record[key], "assistant") for key in ("chosen", "rejected")]
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
         turns = [turn for turn, _ in pairs]
@@ -294,7 +297,7 @@ def prompt_of(record: dict) -> list[Message]:
     # system turn mid-dialogue, so it becomes part of a user turn.
     prompt: list[Message] = []
     for role, text in turns:
-        last = prompt[-1]["role"] if prompt else "system"
+        last = prompt[-1]["role"] if prompt else "system"  # The user's turn comes next.
         if role == "system" and last != "system":
             role = "user"
         if not text or (role == "assistant" and last == "system"):
@@ -318,8 +321,8 @@ def draw_prompts(prompts: list[list[Message]], count: int, epoch: int, seed: int
 
 
 # --------------------------------------------------------------------------------------- Prompts --
-# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1, with a space behind the
-# BOS: SentencePiece makes the ids of "<s> A chat" that FastChat has for "A chat".
+# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1. The space behind the BOS
+# is for SentencePiece, which adds one to a text that has no BOS written out, as FastChat's has not.
 VICUNA_TEMPLATE = (
     "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -331,10 +334,10 @@ VICUNA_TEMPLATE = (
 
 
 class Chat:
-    """A tokenizer's chat format, and the place in it for the principle, which is all that the two
-    contexts of a sample differ by. It follows the system text that pi_0 sees, the prompt's own or
-    the template's default one; without such a text it is the system message. Where a template has
-    no place for a system message, it opens the first user turn."""
+    """A tokenizer's chat format, and the place in it for the principle, by which alone the contexts
+    of pi_0 and pi_plus differ. The principle follows the system text that pi_0 sees, which is the
+    prompt's own or the template's default. Without such a text it is the system message. Where a
+    template has no place for a system message, it opens the first user turn."""
 
     def __init__(self, tokenizer, principle: str | None, date: str):
         self.tokenizer, self.principle = tokenizer, principle
@@ -354,7 +357,8 @@ class Chat:
         self.default_system = default_text(plain, shown) if self.has_system else ""
         # But for one insertion, and white space, the two contexts have to be equal.
         plain, shown = map(squeeze, (plain, self.render(self.with_principle([question]))))
-        n = next((n for n in range(len(plain)) if plain[n] != shown[n : n + 1]), len(plain))
+        pairs = itertools.zip_longest(plain, shown)
+        n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if not shown.endswith(plain[n:]):
             say(f"Warning: contexts differ by more than the principle, from {plain[n:]!r:.60} on")
 
@@ -381,34 +385,20 @@ class Chat:
         system = self.default_system
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        text = system.rstrip()  # White space at its end stays there.
+        text = system.rstrip()  # White space at its end stays at the end.
         content = f"{text} {self.principle}".lstrip() + system[len(text) :]
         return [{"role": "system", "content": content}, *messages]
 
-    def shorten(self, dialogues: list[list[Message]], limit: int, left_out: Counter) -> list:
-        """Each dialogue without the oldest turns that exceed `limit` tokens with the principle;
-        [] where that leaves no prompt, and then left_out counts the reason."""
-        prompts = list(dialogues)
-        pending = [i for i, messages in enumerate(prompts) if messages]
-        left_out["without a prompt"] += len(prompts) - len(pending)
-        while pending:
-            texts = {}
-            for i in pending:
-                try:
-                    texts[i] = self.render(self.with_principle(prompts[i]))
-                except UserError as error:
-                    prompts[i] = []
-                    left_out[f"refused: {error}"] += 1
-            # The empty text is there for the tokenizers that take no empty list.
-            options = {"add_special_tokens": False, "return_attention_mask": False}
-            contexts = self.tokenizer(["", *texts.values()], **options)["input_ids"][1:]
-            pending = [i for i, ids in zip(texts, contexts, strict=True) if len(ids) > limit]
-            for i in pending:
-                first, *later = (n for n, m in enumerate(prompts[i]) if m["role"] == "user")
-                prompts[i] = prompts[i][:first] + prompts[i][later[0] :] if later else []
-            left_out["too long"] += sum(not prompts[i] for i in pending)
-            pending = [i for i in pending if prompts[i]]
-        return prompts
+    def shorten(self, messages: list[Message], limit: int) -> list[Message]:
+        """The messages without the oldest turns that make a context longer than `limit` tokens; []
+        if that leaves none."""
+        while messages:
+            contexts = self.ids(messages), self.ids(self.with_principle(messages))
+            if max(map(len, contexts)) <= limit:
+                break
+            first, *later = (n for n, turn in enumerate(messages) if turn["role"] == "user")
+            messages = messages[:first] + messages[later[0] :] if later else []
+        return messages
 
 
 # -------------------------------------------------------------------------------------- Sampling --
@@ -422,14 +412,14 @@ class Sample:
     principle_prompt_ids: list[int]  # x as pi_plus sees it
     response_ids: list[int] = field(default_factory=list)  # y, the same ids behind both contexts
     response: str = ""
-    log_probs: list[float] = field(default_factory=list)  # of the tokens of y, from vLLM
+    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, temperature 1
     finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
 
 
 class Sampler:
     """The policy as a vLLM engine in this process; one engine serves tensor_parallel_size ranks.
     On a GPU it sleeps, with its memory released, except while it samples. Collective to build,
-    before the training engines, because the memory that it is promised must be free by then."""
+    before the training engines, because its share of the GPU's memory has to be free then."""
 
     def __init__(self, cfg: Config, chat: Chat):
         from vllm import LLM
@@ -471,8 +461,8 @@ class Sampler:
         """A context in which transformers makes models as if there were no vLLM."""
         from vllm.config import set_current_vllm_config
 
-        # vLLM 0.32.0 patches transformers' class of a model that it has no code of its own for.
-        # Training's instances of it need a vLLM config, and stay plain with compilation mode 0.
+        # For a model that it has no code of its own for, vLLM 0.32.0 patches transformers' class.
+        # Training's instances then need a vLLM config; compilation mode 0 switches the patch off.
         config = copy.deepcopy(self.llm.llm_engine.vllm_config)
         config.compilation_config.mode = 0
         return set_current_vllm_config(config)
@@ -480,14 +470,14 @@ class Sampler:
     def load(self, weights: Iterator[tuple[str, Tensor]]):
         """Collective: wake with the policy's weights, (name, whole tensor) of each."""
 
-        def repack(model: nn.Module):  # In a reload, vLLM on a CPU forgets a tied output layer.
+        def repack(model: nn.Module):  # vLLM on a CPU keeps a copy of a tied output layer.
             for layer in model.modules():
                 if type(layer).__name__ == "ParallelLMHead":
                     layer.quant_method.process_weights_after_loading(layer)
 
         torch.cuda.empty_cache()  # PyTorch keeps what training has freed, and vLLM needs it.
         # Weights need their memory before they are loaded. The KV cache wakes last, because it
-        # would leave no room to gather a layer in.
+        # would leave no room to gather weights in.
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.apply_model(repack)
@@ -501,7 +491,7 @@ class Sampler:
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
         rank, engines = dist.get_rank(), dist.get_world_size() // cfg.tensor_parallel_size
-        engine, twin = divmod(rank, cfg.tensor_parallel_size)
+        engine, place = divmod(rank, cfg.tensor_parallel_size)
         limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
         for i in range(engine, len(prompts), engines):
             x, shown = prompts[i], chat.with_principle(prompts[i])
@@ -518,7 +508,7 @@ class Sampler:
             sample.log_probs = [log_probs[token].logprob for token, log_probs in steps]
             sample.finish_reason = answer.finish_reason
         # All tensor-parallel ranks of an engine have its answers; the first hands them on.
-        samples = gather(samples if twin == 0 else [])
+        samples = gather(samples if place == 0 else [])
         return sorted(samples, key=lambda sample: sample.index)
 
 
@@ -530,26 +520,26 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
     # Under ZeRO-3 a rank without samples has to run a forward as well: on a stand-in.
     pairs = pairs or [([0, 0], [])]
     inputs = [torch.tensor((x + y)[:-1]) for x, y in pairs]
-    ids = pad_sequence(inputs, batch_first=True).to(next(body.parameters()).device)  # [B, L]
-    h = body(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, d]
+    ids = pad_sequence(inputs, batch_first=True).to(next(body.parameters()).device)  # [B, S]
+    h = body(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, d]
     rows = [row[len(x) - 1 :][: len(y)] for row, (x, y) in zip(h, pairs, strict=True)]
     return torch.cat(rows)  # [T, d]
 
 
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # As HfDeepSpeedConfig, which needs another package. transformers keeps a weak reference alone,
-    # so the name zero3 has to exist until the model is loaded.
+    # In place of HfDeepSpeedConfig, which needs the package accelerate. transformers keeps only a
+    # weak reference, so the name zero3 has to exist until the model is loaded.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     how = {"trust_remote_code": cfg.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **how)
-    how |= {"config": config, "dtype": getattr(torch, cfg.dtype)}
+    how["dtype"] = getattr(torch, cfg.dtype)
     for part in (config, config.get_text_config()):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, **how)
     # zero.Init has rounded the rotary frequencies to bfloat16, radians off at position 1000.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
@@ -560,14 +550,15 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. For another teacher, write
-    another such class: samples, perhaps none, in; a function from rows to log pi_hat out."""
+    because each chunk of the loss needs them. Collective to build. For another teacher, give
+    train() another such class: samples, perhaps none, go in; a function from rows to log pi_hat
+    comes out, and makes no collective calls."""
 
     def __init__(self, cfg: Config, ds_config: dict):
         import deepspeed
 
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
-        frozen_config = {key: ds_config[key] for key in parts}  # no monitors, for example
+        frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
         self.cfg = cfg
         self.frozen = []  # (body, (weight, bias)) of pi_0, and of pi_plus if that is another model
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
@@ -585,7 +576,7 @@ class SuperiorPolicy:
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
-        if body_0 is body_plus:  # Both contexts, of T tokens each, in one forward: one gathering.
+        if body_0 is body_plus:  # In one forward, of T tokens twice, so weights are gathered once.
             h_0, h_plus = final_states(body_0, plain + shown).chunk(2)
         else:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
@@ -599,7 +590,7 @@ class SuperiorPolicy:
 
 # ---------------------------------------------------------------------------------------- Policy --
 class Policy(nn.Module):
-    """pi_theta, whose forward ends in the loss."""
+    """pi_theta: a causal language model whose output layer computes the loss."""
 
     def __init__(self, model: nn.Module, checkpointing: bool):
         super().__init__()
@@ -616,8 +607,8 @@ class Policy(nn.Module):
         head.forward = loss
 
     def forward(self, samples: list[Sample], labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
-        """Collective: sums over response tokens of H(pi_hat, pi_theta), H(pi_hat) and the gap: how
-        far log pi_theta(a_t|s_t) is from what the sampler said of it."""
+        """Collective: sums over response tokens of H(pi_hat, pi_theta), of H(pi_hat), and of the
+        gap, |log pi_theta(a_t|s_t) - the sampler's|."""
         pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         h = final_states(self.model.base_model, pairs)  # [T, d]
         tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=h.device)
@@ -628,22 +619,19 @@ class Policy(nn.Module):
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Collective, in each step: (name, whole tensor) of every weight. A tensor is whole until the
-    next one is asked for, because a layer at a time is gathered."""
+    """(name, whole tensor) of every weight, layer by layer. Collective: all ranks have to take all
+    of them. A tensor is whole until the next one is asked for."""
     import deepspeed
 
-    layer = re.compile(r"(.*?\.\d+\.)?")  # "model.layers.0.", or "" for what is in no layer
-    for _, group in itertools.groupby(model.named_parameters(), lambda p: layer.match(p[0])[0]):
-        parameters = dict(group)
-        with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            for name, parameter in parameters.items():
-                yield name, parameter.data
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.data
 
 
 def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths. Sequences of
-    similar length share one of at most `budget` tokens, with padding; one that is longer is alone.
-    Under ZeRO-3 a forward is a collective, so all ranks get as many, some of them perhaps empty."""
+    similar length share one, up to `budget` tokens with padding; a longer sequence is alone. Under
+    ZeRO-3 a forward is a collective, so every rank gets equally many, of which some are empty."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     def split(limit: int) -> list[list[int]]:
@@ -656,9 +644,11 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
     # The smallest limit that makes no more batches spreads the work most evenly over the ranks.
     n = len(split(budget))
-    limits = range(min(sum(lengths) // n, budget), budget + 1)
-    batches = next(found for found in map(split, limits) if len(found) <= n)
-    return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
+    limit = min(sum(lengths) // n, budget)
+    while len(split(limit)) > n:
+        limit += 1
+    batches = split(limit)
+    return [batches[i : i + ranks] for i in range(0, n, ranks)]
 
 
 # -------------------------------------------------------------------------------------- Training --
@@ -686,12 +676,12 @@ def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> 
     dist.all_reduce(sums)
     loss, entropy, gap = (sums / tokens).tolist()
     record = {"loss": loss, "kl": loss - entropy, "sampler_gap": gap}
-    return {**record, "samples": len(samples), "tokens": tokens}
+    return record | {"samples": len(samples), "tokens": tokens}
 
 
 def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf) -> dict:
-    """Collective: fit one batch, and return its record. A UserError, with the weights
-    as they were, if a number is not finite or the sampler over max_gap nats from the policy."""
+    """Collective: fit one batch, and return its record. If a number is not finite, or sampler_gap
+    exceeds max_gap, raise a UserError and leave the weights as they were."""
     record = compare(engine, superior, batch, budget, fit=True)
     loss, gap = record["loss"], record["sampler_gap"]
     place = f"{place}: on samples {[sample.index for sample in batch]}"
@@ -730,9 +720,9 @@ def train(cfg: Config):
 
         # 1. Sample y ~ pi_theta(.|x).
         drawn = draw_prompts(prompts, cfg.samples_per_epoch, epoch, cfg.seed)
-        samples = sampler.sample(drawn, epoch)
+        samples = sampler.sample(drawn, tag=epoch)
         sampled = time.perf_counter()
-        unseen, evaluation = sampler.sample(held_out, "held out"), {}
+        unseen, evaluation = sampler.sample(held_out, tag="held out"), {}
         sampler.llm.sleep(level=2)
         run.save_samples(f"epoch-{epoch:03d}", samples)
         if unseen:  # The policy as the epoch finds it, on held-out prompts.
@@ -749,8 +739,8 @@ def train(cfg: Config):
             batch, place = samples[i : i + cfg.batch_size], f"epoch {epoch}, step {step}"
             max_gap = math.inf if i else MAX_GAP[cfg.dtype]
             record = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place, max_gap)
-            steps.append({"step": step, **record})
-            on_rank_0(run.log, "step", epoch, step, steps[-1])
+            steps.append(record)
+            on_rank_0(run.log, "step", epoch, step, record)
         fitted = time.perf_counter()
 
         # Log and save.
@@ -767,7 +757,7 @@ def train(cfg: Config):
     say(f"The trained model is {run.folder / 'model'}")
 
 
-# The method ends here. What follows is the job that keeps a run alive.
+# The method ends here. What follows is the job around it: files, ranks, signals and checks.
 
 
 # ----------------------------------------------------------------------------------------- Input --
@@ -777,14 +767,13 @@ def squeeze(text: str) -> str:
 
 
 def default_text(plain: str, shown: str) -> str:
-    """The system text that plain has where shown has "<S>"; white space may differ. Or "".
-
-    For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    """The system text in `plain` for which `shown` has "<S>", if they differ by nothing else but
+    white space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
     a, b = squeeze(plain), squeeze(shown)
-    start, size = b.index("<S>"), 3 + (len(a) - len(b)) // b.count("<S>")
+    start, size = b.index("<S>"), len("<S>") + (len(a) - len(b)) // b.count("<S>")
     if b.replace("<S>", a[start : start + size]) != a:
         return ""
-    # The text with the white space behind it, but for what shown has there as well.
+    # The text with the white space behind it, but for what the template itself puts there.
     places = [i for i, character in enumerate(f"{plain}.") if not character.isspace()]
     text, behind = plain[places[start] : places[start + size]], shown.split("<S>")[1]
     return text.removesuffix(behind[: len(behind) - len(behind.lstrip())])
@@ -812,9 +801,8 @@ def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                 items = json.load(file) if is_list else file
-                check(
-                    not is_list or isinstance(items, list), f"{path}: has to be a list of records"
-                )
+                listed = isinstance(items, list) or not is_list
+                check(listed, f"{path}: has to be a list of records")
                 for n, item in enumerate(items, 1):
                     place = f"{path}, {'item' if is_list else 'line'} {n}"
                     if is_list:
@@ -828,29 +816,34 @@ def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
 def read_prompts(records: Iterable, chat: Chat, limit: int, left_out: Counter) -> Iterator:
     """(prompt, record) for each of the records, (place, record), that have a prompt of at most
     `limit` tokens; left_out counts the others by reason."""
-    records, mistakes = iter(records), (KeyError, TypeError, AttributeError, ValueError)
+    mistakes = KeyError, TypeError, AttributeError, ValueError
     needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
-    while batch := list(itertools.islice(records, 1024)):  # Tokenizers are fast on many texts.
-        prompts = []
-        for place, record in batch:
-            with as_user_error(f"{place}: {needs}", *mistakes):
-                prompts.append(prompt_of(record))
-        prompts = chat.shorten(prompts, limit, left_out)
-        yield from ((p, record) for p, (_, record) in zip(prompts, batch, strict=True) if p)
+    for place, record in records:
+        with as_user_error(f"{place}: {needs}", *mistakes):
+            whole = prompt_of(record)
+        try:
+            prompt = chat.shorten(whole, limit)
+        except UserError as error:
+            left_out[f"refused: {error}"] += 1
+            continue
+        if prompt:
+            yield prompt, record
+        else:
+            left_out["too long" if whole else "without a prompt"] += 1
 
 
 def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed: int) -> tuple:
-    """`count` distinct prompts of data by chance, or all if it has fewer, and how many of the
-    records that were looked at had to be left out, by reason."""
+    """`count` distinct prompts of data, drawn at random, or all if it has fewer; and how many of
+    the records that were looked at were left out, by reason."""
     records = list(tqdm(read_records(data, split), f"Reading {data}", unit=" records"))
     random.Random(seed).shuffle(records)
     distinct, left_out = {}, Counter()
     for prompt, _ in read_prompts(records, chat, limit, left_out):
-        if len(distinct) == count:
-            break
         key = json.dumps(prompt)
         left_out["duplicate"] += key in distinct
         distinct[key] = prompt
+        if len(distinct) == count:
+            break
     check(distinct, f"{data}: no prompt to use; left out: {dict(left_out)}")
     return list(distinct.values()), dict(left_out)
 
@@ -881,7 +874,7 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         config, done = self.folder / "config.json", self.state / "done.json"
         there = json.loads(config.read_text()) if config.exists() else settings
-        # What may differ when a run is resumed: it changes no result beyond rounding.
+        # What may differ when a run is resumed, because results differ by rounding at most.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
         keys = [key for key in settings if there.get(key) != settings[key] and key not in free]
@@ -910,7 +903,7 @@ class Run:
     def log(self, kind: str, epoch: int, step: int, record: dict[str, float]):
         """A line of metrics.jsonl, and an event for DeepSpeed's monitors if there are any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"kind": kind, "epoch": epoch, **record}) + "\n")
+            file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **record}) + "\n")
         self.monitor.write_events([(f"{kind}/{key}", record[key], step) for key in record])
 
     def save_samples(self, name: str, samples: list[Sample]):
@@ -1111,7 +1104,8 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -
     trained = size if offload else size + 16  # with master, gradient and moments in float32
     frozen = len({cfg.negative_model, cfg.positive_model}) * size
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
-    # Of a layer 34 bytes a token and unit of width are kept, or of all but one its input alone.
+    # Bytes of activations for each token and unit of width: 34 a layer. With checkpointing these
+    # are kept of one layer at a time, and of the others the input alone.
     kept = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
     keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9  # NCCL, CUDA graphs
     gathered = size * min(weights, 1e9)  # DeepSpeed's limit of what is whole at a time
@@ -1142,9 +1136,9 @@ def check_memory(cfg: Config, ds_config: dict):
 
 def load_tokenizer(cfg: Config):
     """The policy's tokenizer, after the checks of the models that need no weights."""
-    how, vocabularies = {"trust_remote_code": cfg.trust_remote_code}, {}
+    how, loaded = {"trust_remote_code": cfg.trust_remote_code}, {}
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
-    for name in dict.fromkeys((cfg.negative_model, cfg.positive_model, cfg.model)):
+    for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
         with as_user_error(f"{name}: no model folder or hub id that loads", OSError, ValueError):
             config = transformers.AutoConfig.from_pretrained(name, **how).get_text_config()
             # mistral_common's tokenizer, the alternative, reads special tokens as plain text.
@@ -1152,18 +1146,19 @@ def load_tokenizer(cfg: Config):
             tokenizer = load(name, mistral_format=False, **how)
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
         check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
-        vocabularies[name] = tokenizer.get_vocab(), config.vocab_size
+        loaded[name] = tokenizer, (tokenizer.get_vocab(), config.vocab_size)
+        own, vocabulary = loaded[cfg.model]
+        same = loaded[name][1] == vocabulary
+        check(same, f"{name}: its vocabulary has to be that of {cfg.model}")
         have = getattr(config, "max_position_embeddings", None) or need
         limits = f"--max_prompt_tokens + --max_new_tokens, {need}"
         check(need <= have, f"{name}: lower {limits}, to its {have} positions")
         for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             plain = getattr(config, key, None) in (None, 1)
             check(plain, f"{name}: unsupported, its logits are not the output layer's ({key})")
-    same = all(vocabulary == vocabularies[cfg.model] for vocabulary in vocabularies.values())
-    check(same, f"{', '.join(vocabularies)}: their vocabularies have to be the same")
-    if hasattr(tokenizer, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-    return tokenizer
+    if hasattr(own, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
+        own.init_kwargs["legacy"] = own.legacy
+    return own
 
 
 def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Message]]]:
@@ -1171,8 +1166,7 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     What a user can fix is found here, before a model is loaded."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
-    divides = ranks % parallel == 0
-    check(divides, f"--tensor_parallel_size {parallel}: has to divide the number of ranks, {ranks}")
+    check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")
     ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle, cfg.date)
     check_memory(cfg, ds_config)
     say(f"  policy     {cfg.model}\n  pi_0       {cfg.negative_model}")
@@ -1183,7 +1177,7 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     held_out, count = [], cfg.eval_samples
     if cfg.eval_data:
         held_out, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit, count, cfg.seed)
-    say("Whatever ends this job: The same command goes on after the last save.")
+    say("However this job ends, the same command goes on after the last save.")
     return ds_config, chat, prompts, held_out
 
 
@@ -1192,10 +1186,11 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     """Parse the command line and run. A UserError is one line, and exit code 2."""
     sys.excepthook = end_at_once
     stop_at_once()
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # Else .bin weights ask the hub.
+    # Else transformers asks the hub to convert .bin weights, and FlashInfer wants nvcc.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel("ERROR")  # It also speaks before it has read that.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # It compiles at start, by nvcc.
+    logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

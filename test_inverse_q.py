@@ -6,7 +6,6 @@ The oracles say the mathematics of the paper once more, slow and obvious. Tests 
 """
 
 import base64
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -486,19 +485,12 @@ class AnyLength:
     """A chat format that renders whatever it gets, and in which no prompt is too long."""
 
     @staticmethod
-    def shorten(dialogues, limit, left_out):
-        left_out["without a prompt"] += sum(not x for x in dialogues)
-        return dialogues
+    def shorten(messages, limit):
+        return messages
 
 
 def load(data, chat=AnyLength, limit=10**6, count=10**6, seed=0):
     return q.load_prompts(data, "train", chat, limit, count, seed)
-
-
-def shorten(chat, dialogues, limit):
-    """The prompts, and what was left out."""
-    left_out = collections.Counter()
-    return chat.shorten(dialogues, limit, left_out), +left_out
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -508,7 +500,7 @@ def test_files_of_every_kind_together(tmp_path, suffix):
     b = write(tmp_path / f"b.json{suffix}", '[{"prompt": "three"}, {"prompt": "one"}]')
     prompts, left_out = load(f"{a}, {b}")
     assert sorted(p[0]["content"] for p in prompts) == ["one", "three", "two"]
-    assert left_out == {"without a prompt": 0, "duplicate": 1}
+    assert left_out == {"duplicate": 1}
 
 
 def test_what_yields_no_prompt_is_counted(tmp_path):
@@ -701,8 +693,8 @@ def test_as_many_prompts_are_drawn_as_a_run_needs(tmp_path):
     some, most, every = (texts(count=n) for n in (40, 2000, 9000))
     assert some == most[:40] and most == every[:2000] and len(every) == len(set(every)) == 2500
     assert texts(count=40, seed=1) != some and max(map(int, some)) > 1000
-    assert load(data)[1] == {"without a prompt": 0, "duplicate": 500}
-    # What is not needed is not looked at, but for the batch that was begun.
+    assert load(data)[1] == {"duplicate": 500}
+    # What is not needed is not looked at.
     data = write(tmp_path / "b.jsonl", "".join(lines) * 4 + '{"question": "x"}\n')
     assert len(load(data, count=40)[0]) == 40
     with pytest.raises(q.UserError, match=r"b\.jsonl, line 12001: a record needs 'prompt'"):
@@ -835,15 +827,15 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     chat = chat_of(tokenizer, None)
     turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
     whole = len(chat.ids(chat.with_principle(turns)))
-    assert shorten(chat, [turns], whole) == ([turns], {})
-    assert shorten(chat, [turns], whole - 1) == ([turns[2:]], {})
+    assert chat.shorten(turns, whole) == turns
+    assert chat.shorten(turns, whole - 1) == turns[2:]
     last = len(chat.ids(chat.with_principle(turns[4:])))
-    assert shorten(chat, [turns], last) == ([turns[4:]], {})
+    assert chat.shorten(turns, last) == turns[4:]
     assert "PRINCIPLE." in chat.render(chat.with_principle(turns[4:]))
-    assert shorten(chat, [turns], last - 1) == ([[]], {"too long": 1})
+    assert chat.shorten(turns, last - 1) == []
     with_system = [{"role": "system", "content": "Own."}, *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
-    assert shorten(chat, [with_system], limit) == ([[with_system[0], turns[4]]], {})
+    assert chat.shorten(with_system, limit) == [with_system[0], turns[4]]
 
 
 def test_prompts_that_are_equal_once_shortened_count_once(tokenizer, tmp_path):
@@ -972,7 +964,7 @@ def test_contexts_in_the_manner_of(name, tokenizer, capsys):
     chat = chat_of(tokenizer, template)
     assert capsys.readouterr().out == ""  # no warning
     for turns in DIALOGUES:
-        (prompt,), _ = shorten(chat, [q.prompt_of({"messages": turns})], 10**6)
+        prompt = chat.shorten(q.prompt_of({"messages": turns}), 10**6)
         assert (prompt == turns) == (system("later") not in turns)  # which are folded
         plain, shown = chat.render(prompt), chat.render(chat.with_principle(prompt))
         if chat.has_system or turns[0]["role"] == "user":
@@ -1121,6 +1113,20 @@ def test_vicuna_ids_are_those_of_fastchat(legacy, sentencepiece_model, tmp_path)
             options = {"add_generation_prompt": True, "return_dict": False}
             assert saved.apply_chat_template(messages, **options) == ids
             assert saved(fastchat(messages))["input_ids"] == ids
+
+
+@pytest.mark.parametrize("others", [("b", "c"), ("c", None), (None, "b"), ("a", "b")])
+def test_the_tokenizer_is_the_policys(others, tmp_path):
+    from transformers import LlamaConfig
+
+    for name in "abc":
+        LlamaConfig(vocab_size=261).save_pretrained(tmp_path / name)
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = f"{name} {CHAT_TEMPLATE}"
+        tokenizer.save_pretrained(tmp_path / name)
+    negative, positive = (name and str(tmp_path / name) for name in others)
+    cfg = q.Config(str(tmp_path / "a"), negative_model=negative, positive_model=positive)
+    assert q.load_tokenizer(cfg).chat_template.startswith("a ")
 
 
 def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(tmp_path):
@@ -1607,24 +1613,6 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         run(4.0, gpu_memory_utilization=0.1)
 
 
-def test_many_prompts_are_shortened_as_they_are_one_by_one(tokenizer):
-    rng, roles = random.Random(0), (user, assistant)
-    for template in (CHAT_TEMPLATE, DEFAULT_SYSTEM, REFUSES_SYSTEM, None):
-        chat, dialogues = chat_of(tokenizer, template), [[]]
-        for i in range(60):
-            turns = [
-                roles[n % 2]("x" * rng.randint(1, 60)) for n in range(rng.choice((1, 3, 5, 7)))
-            ]
-            system = [{"role": "system", "content": "Own."}]
-            dialogues.append(turns if i % 3 else system + turns)
-        for limit in (90, 260, 10**6):
-            fitted, left_out = shorten(chat, dialogues, limit)
-            one_by_one = [shorten(chat, [turns], limit) for turns in dialogues]
-            assert fitted == [prompt for (prompt,), _ in one_by_one]
-            assert left_out == sum((out for _, out in one_by_one), collections.Counter())
-            assert left_out and len(fitted) > left_out.total()  # Prompts, and some without.
-
-
 def test_say_spells_control_characters_out(capsys):
     q.say("a\x1b[31mred\x07\u202eb\nñ 好")
     assert capsys.readouterr().out == "a\\x1b[31mred\\x07\\u202eb\nñ 好\n"
@@ -1660,14 +1648,25 @@ def test_deal(seed):
     assert max(map(cost, batches)) == best[len(steps)]
 
 
-def test_whole_weights_come_a_layer_at_a_time(monkeypatch):
-    groups, fake = [], types.ModuleType("deepspeed")
-    gathered = lambda p: groups.append(len(p)) or contextlib.nullcontext()  # noqa: E731
-    fake.zero = types.SimpleNamespace(GatheredParameters=gathered)
+def test_whole_weights_come_one_by_one_in_the_models_order(monkeypatch):
+    gathered, fake = [], types.ModuleType("deepspeed")
+
+    @contextlib.contextmanager
+    def gather(parameters):
+        gathered.append(parameters)
+        yield
+        gathered.remove(parameters)
+
+    fake.zero = types.SimpleNamespace(GatheredParameters=gather)
     monkeypatch.setitem(sys.modules, "deepspeed", fake)
-    model = small_llama(0)
-    assert [name for name, _ in q.whole_weights(model)] == [n for n, _ in model.named_parameters()]
-    assert groups == [1, 9, 9, 2]  # embedding; two layers; norm and output layer
+    parameters = small_llama(0).named_parameters()
+    for (name, weight), (expected, parameter) in zip(
+        q.whole_weights(small_llama(0)), parameters, strict=True
+    ):
+        assert name == expected and torch.equal(weight, parameter)
+        ((one,),) = gathered  # While it is looked at, and nothing else.
+        assert torch.equal(one, parameter)
+    assert gathered == []
 
 
 # ------------------------------------------------------------- Tests: real processes, end to end --
@@ -1975,7 +1974,7 @@ def test_what_a_run_writes_and_says(toy, run_2):
             assert record[key] == pytest.approx(weighted)
         ends = [record["sampler_gap_first"], record["sampler_gap_last"]]
         assert ends == [steps[0]["sampler_gap"], steps[-1]["sampler_gap"]]
-    assert "left out: {'without a prompt': 0, 'too long': 0, 'duplicate': 0}" in said
+    assert "left out: {'duplicate': 0}" in said
     assert f"pi_plus    {toy / 'a'}, alpha 1.4, shown: {PRINCIPLE}" in said
     assert "epoch-002, first sample" in said
     assert list((toy / "csv").rglob("*step_loss*"))  # DeepSpeed's monitor was fed
@@ -2595,7 +2594,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours(*data("[]\n")), "line 1: a record needs"),
         (ours(*data('{"text": "x"}\n')), a_line_needs),
         (ours(*data('{"prompt": "\\n\\nAssistant: x"}\n')), no_prompt),
-        (ours("--max_prompt_tokens", 5), f"{no_prompt}; left out: {{'without a prompt': 0"),
+        (ours("--max_prompt_tokens", 5), f"{no_prompt}; left out: {{'too long': 8}}"),
         (ours("--principle", ""), "--principle is empty"),
         (
             ours("--principle", "@no.txt"),
@@ -2606,10 +2605,10 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
             "--date or --principle cannot be read (ValueError: Invalid isoformat",
         ),
         (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
-        (ours("--positive_model", other), "their vocabularies have to be the same"),
+        (ours("--positive_model", other), "its vocabulary has to be that of"),
         (ours("--positive_model", capped), "caps or scales its logits"),
         (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
-        (ours("--tensor_parallel_size", 3), "size 3: has to divide the number of ranks, 1"),
+        (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
         (ours("--epochs", 0), "--epochs 0: has to be from 1"),
         (ours("--max_new_tokens", 5000), "5300, to its 1024 positions"),
         (ours("--ds_config", tmp_path / "no.json"), f"no.json: {no_file}"),

@@ -208,8 +208,7 @@ def draw(cfg, names):
         distinct.setdefault(json.dumps(prompt), (prompt, record))
     pairs = list(distinct.values())
     for chat in chats:
-        shortened = chat.shorten([prompt for prompt, _ in pairs], limit, left_out)
-        pairs = [pair for pair, short in zip(pairs, shortened, strict=True) if pair[0] == short]
+        pairs = [pair for pair in pairs if chat.shorten(pair[0], limit) == pair[0]]
     short = "no prompt is as short as that for every model"
     q.check(pairs, f"--max_prompt_tokens {limit}: {short}")
     count = min(cfg.eval_samples, len(pairs))
