@@ -3,51 +3,51 @@
 
 The method of "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language Models
 Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874). Our copy of the
-paper had lost its formulas; they are reconstructed here from its text.
+paper lacks its formulas; those below are reconstructed from its text, with its numbers.
 
 THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t its next token.
-  pi_theta  the policy in training
-  pi_0      the base model, frozen; unless another is named, the policy as it was before training
+  pi_theta  the policy that is trained
+  pi_0      the frozen base model: the policy before training, or --negative_model
   pi_plus   the same frozen model, shown a principle in its system message; or an aligned model
   pi_hat    the estimate of a superior policy: the contrast of pi_plus with pi_0, amplified by alpha
 
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
-These two lines are all that training computes. One epoch (sec. 5) has three steps:
+Z makes the probabilities sum to 1; N is the number of response tokens of an optimizer step, over
+which t runs. This is all that training computes. One epoch (sec. 5) has three steps:
   1. Sample a response to each of 500 prompts from the current policy, with vLLM.
   2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat.
-  3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N. All models but
-     vLLM's are sharded over the GPUs, by DeepSpeed's ZeRO-3.
+  3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N.
 
 WHY IT IS REINFORCEMENT LEARNING.  What follows explains the loss and never enters it. beta is the
 weight of the KL penalty.
   reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]            (eq. 6)
   objective        J(pi) = E_pi[r] - beta KL(pi || pi_0) = -beta KL(pi || pi_hat)       (eq. 3, 5)
-  value            V(s_t) = beta log E_{y_>=t ~ pi_0} exp(r(x, y) / beta) = r(x, y_<t)  (eq. 7-10)
+  value            V(s_t) = beta log E_pi_0[exp(r(x, y) / beta) | s_t] = r(x, y_<t)     (eq. 7-10)
   credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]
 
-J is largest at pi_hat, and L pulls pi_theta there by the other KL: up to a constant, L is
-KL(pi_hat || pi_theta) at each token of the policy's samples. Lemma 4.1: J is no lower for a mixture
-of pi_theta and pi_hat than for pi_theta, if distributions over whole responses are mixed; mixtures
-token by token are not covered. The value of a state is the reward of its prefix, so no critic is
-learnt. The credit of a token is V(s_{t+1}) - V(s_t), which the paper does not spell out.
+J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
+mean of KL(pi_hat || pi_theta) over the tokens of the samples. Lemma 4.1: mixing pi_hat into
+pi_theta never lowers J, if distributions over whole responses are mixed; mixtures token by token
+are not covered. The value of a state is the reward of its prefix, so no critic is learnt. The
+credit of a token is V(s_{t+1}) - V(s_t), a step that the paper leaves out.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
-  Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy; fresh
-             prompts in every epoch, and one response to each.
-  Batch      16 samples an optimizer step, as many as 8 GPUs with the paper's 2 each; the last step
-             of an epoch has the rest. N is the number of response tokens of the whole step, over
-             all micro-batches and ranks.
+  Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy (as it
+             was when the epoch began); fresh prompts every epoch, and one response to each.
+  Batch      16 samples per optimizer step: the paper's 2 per GPU on 8 GPUs. The last step of an
+             epoch takes what remains. N counts over all micro-batches and ranks of the step.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
-  Labels     The whole vocabulary, at every token of the response and at its end token. A response
-             that was cut at the limit has no end token, and is fitted as far as it goes.
+  Labels     The whole vocabulary, at every response token including its end token. A response that
+             was cut at the limit has no end token, and is fitted as far as it goes.
 
 RUN     ./run.sh                               a demonstration with a tiny model, on any machine
         deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5       the paper's setting
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
-RANKS   One process per GPU runs this file. "Collective": every rank has to make this call, in the
-        same order, because the ranks wait for one another in it.
+RANKS   DeepSpeed's launcher runs this file once per GPU. ZeRO-3 shards all weights over these ranks
+        but vLLM's and the frozen output layers. "Collective": every rank has to make this call, in
+        the same order, because the ranks wait for one another in it.
 """
 
 import contextlib
@@ -102,9 +102,9 @@ PRINCIPLE = (
 
 
 def option(default: object, text: str):
-    """A field of Config with its text for --help, which names its source."""
-    ours = isinstance(default, (int, float)) and not re.search("sec. |app. ", text)
-    return field(default=default, metadata={"help": text + " (our choice)" * ours})
+    """A field of Config. Its text for --help cites the paper or says that the value is ours."""
+    source = "" if default in (MISSING, None) or "(" in text else " (our choice)"
+    return field(default=default, metadata={"help": text + source})
 
 
 @dataclass
@@ -117,15 +117,15 @@ class Config:
     positive_model: str | None = option(None, "pi_plus (sec. 5.3). Default: pi_0's model.")
     negative_model: str | None = option(None, "pi_0 instead of --model: an SFT model (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
-    plausibility: float = option(0.0, "Drop what is less likely than this part of the top.")
+    plausibility: float = option(0.0, "Drop tokens below this part of pi_plus's top one.")
     # Prompts and responses.
     data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
-    eval_data: str | None = option(None, "Held-out prompts, to record the kl before each epoch.")
+    eval_data: str | None = option(None, "Held-out prompts; kl is measured before each epoch.")
     eval_samples: int = option(100, "Prompts drawn from --eval_data.")
-    max_prompt_tokens: int = option(1024, "Limit of a prompt with the principle.")
+    max_prompt_tokens: int = option(1024, "Limit of a prompt, principle included.")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
     temperature: float = option(1.0, "Temperature of sampling.")
-    date: str = option("2024-08-27", "The date that some chat templates print.")
+    date: str = option("2024-08-27", "Today, for chat templates that print it.")
     # Training.
     epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
     samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
@@ -134,14 +134,14 @@ class Config:
     seed: int = option(0, "Seed of the choice of prompts and of sampling.")
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Type of the weights.")
     # Memory, speed and files.
-    micro_batch_tokens: int = option(4096, "Padded tokens of a rank's forward pass.")
+    micro_batch_tokens: int = option(4096, "Padded tokens of the policy's forward pass.")
     activation_checkpointing: bool = option(True, "Recompute layers to save memory.")
-    gpu_memory_utilization: float = option(0.5, "vLLM's share in sampling.")
+    gpu_memory_utilization: float = option(0.5, "Share of GPU memory for vLLM.")
     tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
     ds_config: str = option(f"{Path(__file__).parent}/ds_config.json", "DeepSpeed's own settings.")
     trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
-    output_dir: str = option("out", "Folder for what is written; a run in it is resumed.")
-    save_every: int = option(1, "Epochs from one save to the next.")
+    output_dir: str = option("out", "Output folder; a run found in it is resumed.")
+    save_every: int = option(1, "Save every so many epochs.")
 
     def __post_init__(self):
         check_options(self)
@@ -152,7 +152,7 @@ class Config:
 
 
 # -------------------------------------------------------------------------------------- The core --
-# Pure functions of tensors, which need PyTorch alone and can be pasted into another codebase.
+# Pure functions of tensors, which need only PyTorch and can be pasted into another codebase.
 
 Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response tokens, [t, V]
 
@@ -160,8 +160,8 @@ Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response t
 def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
 
-    z_0 and z_plus are logits or log-probabilities of pi_0 and pi_plus, [..., V], float32 or wider,
-    because alpha multiplies their difference. With plausibility p > 0, tokens v that have
+    z_0 and z_plus are finite logits or log-probabilities of pi_0 and pi_plus, [..., V], in float32
+    or wider, because alpha multiplies their difference. With plausibility p > 0, tokens v that have
     pi_plus(v) < p max_u pi_plus(u) get probability 0, as in contrastive decoding (Li et al. 2023),
     because alpha above 1 also lifts what both models find absurd."""
     z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
@@ -205,7 +205,7 @@ def soft_label_loss(
       log pi_theta(a_t|s_t), [T]
     Only the first has a gradient, for a single backward pass. It is made in closed form together
     with the loss, `chunk` tokens at a time, so that no [T, V] tensor ever exists."""
-    fit = torch.is_grad_enabled()  # Inside of forward() it is always off.
+    fit = torch.is_grad_enabled()  # Read here, because inside forward() it is always off.
     return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, fit)
 
 
@@ -234,7 +234,7 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # In place, because these are the largest tensors. The divisor N comes in backward().
+            # In place, because these are the largest tensors. backward() divides by N.
             pi_theta = log_pi_theta.exp_()
             grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [t, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -254,9 +254,10 @@ class SoftLabelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # PyTorch takes them as .grad without a copy: they are scaled in place and not kept here.
+        # Scaled in place and no longer referred to here, they become .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(scale) for g in gradients), *[None] * 4
+        scaled = (None if g is None else g.mul_(scale) for g in gradients)
+        return *scaled, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------ Data --
@@ -267,8 +268,7 @@ ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
 def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str, str]]:
-    """(role, text) of every turn of messages or of an HH text. Any other text is one turn, the
-    speaker's."""
+    """(role, text) of every turn of messages or an HH text. Another text is one turn by speaker."""
     if isinstance(conversation, list):
         turns = [(message["role"], message["content"]) for message in conversation]
     elif HH_TURN.match(conversation):
@@ -283,12 +283,12 @@ def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str,
 def prompt_of(record: dict) -> list[Message]:
     """The prompt of a record, whose last turn is the user's, or [] if it has none.
 
-    It is `prompt` or `messages`, or else the turns that `chosen` and `rejected` begin with alike
-    (sec. 5.1). Two plain texts are two replies, and share no prompt."""
+    It is `prompt` or `messages`, or else the first turns, as far as `chosen` and `rejected` share
+    them (sec. 5.1). Two plain texts are two replies, and share no prompt."""
     conversation = record.get("prompt", record.get("messages"))
     if conversation is not None:
         turns = turns_of(conversation, "user")
-    else:  # By turns, because in one of five HH pairs both final replies begin with the same words.
+    else:  # By turns, because in one HH pair in five the final replies begin with the same words.
         sides = [turns_of(record[key], "assistant") for key in ("chosen", "rejected")]
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
         turns = [turn for turn, _ in pairs]
@@ -297,7 +297,7 @@ def prompt_of(record: dict) -> list[Message]:
     # system turn mid-dialogue, so it becomes part of a user turn.
     prompt: list[Message] = []
     for role, text in turns:
-        last = prompt[-1]["role"] if prompt else "system"  # The user's turn comes next.
+        last = prompt[-1]["role"] if prompt else "system"  # Nothing yet counts as system.
         if role == "system" and last != "system":
             role = "user"
         if not text or (role == "assistant" and last == "system"):
@@ -321,8 +321,8 @@ def draw_prompts(prompts: list[list[Message]], count: int, epoch: int, seed: int
 
 
 # --------------------------------------------------------------------------------------- Prompts --
-# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1. The space behind the BOS
-# is for SentencePiece, which adds one to a text that has no BOS written out, as FastChat's has not.
+# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1. The space after the BOS
+# stands for the one that SentencePiece adds to a text without a written BOS, as FastChat's is.
 VICUNA_TEMPLATE = (
     "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -334,10 +334,10 @@ VICUNA_TEMPLATE = (
 
 
 class Chat:
-    """A tokenizer's chat format, and the place in it for the principle, by which alone the contexts
-    of pi_0 and pi_plus differ. The principle follows the system text that pi_0 sees, which is the
-    prompt's own or the template's default. Without such a text it is the system message. Where a
-    template has no place for a system message, it opens the first user turn."""
+    """A tokenizer's chat format, and where the principle goes in it: the only difference between
+    the contexts of pi_0 and pi_plus. The principle follows the system text that pi_0 sees, the
+    prompt's own or the template's default. Without such a text the principle is the system message.
+    Where a template takes no system message, that is put before the first user turn's text."""
 
     def __init__(self, tokenizer, principle: str | None, date: str):
         self.tokenizer, self.principle = tokenizer, principle
@@ -355,12 +355,12 @@ class Chat:
             shown = self.render([{"role": "system", "content": "<S>"}, question])
         self.has_system = "<S>" in shown
         self.default_system = default_text(plain, shown) if self.has_system else ""
-        # But for one insertion, and white space, the two contexts have to be equal.
-        plain, shown = map(squeeze, (plain, self.render(self.with_principle([question]))))
-        pairs = itertools.zip_longest(plain, shown)
-        n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if not shown.endswith(plain[n:]):
-            say(f"Warning: contexts differ by more than the principle, from {plain[n:]!r:.60} on")
+        # Apart from one insertion and white space, the two contexts have to be equal.
+        a, b = squeeze(plain), squeeze(self.render(self.with_principle([question])))
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+        rest = a[len(list(alike)) :]
+        if not b.endswith(rest):
+            say(f"Warning: contexts differ by more than the principle, from {rest!r:.60} on")
 
     def render(self, messages: list[Message]) -> str:
         """Text of the context up to where the response begins; UserError if the template fails."""
@@ -385,13 +385,13 @@ class Chat:
         system = self.default_system
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        text = system.rstrip()  # White space at its end stays at the end.
+        text = system.rstrip()  # White space at its end stays last.
         content = f"{text} {self.principle}".lstrip() + system[len(text) :]
         return [{"role": "system", "content": content}, *messages]
 
     def shorten(self, messages: list[Message], limit: int) -> list[Message]:
-        """The messages without the oldest turns that make a context longer than `limit` tokens; []
-        if that leaves none."""
+        """The messages without the oldest turns, so that both contexts have at most `limit` tokens;
+        [] if that leaves none. A system text stays."""
         while messages:
             contexts = self.ids(messages), self.ids(self.with_principle(messages))
             if max(map(len, contexts)) <= limit:
@@ -410,7 +410,7 @@ class Sample:
     messages: list[Message]
     prompt_ids: list[int]  # x as pi_theta and pi_0 see it
     principle_prompt_ids: list[int]  # x as pi_plus sees it
-    response_ids: list[int] = field(default_factory=list)  # y, the same ids behind both contexts
+    response_ids: list[int] = field(default_factory=list)  # y, the same ids after either context
     response: str = ""
     log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, temperature 1
     finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
@@ -436,20 +436,22 @@ class Sampler:
             max_model_len=length,
             max_num_batched_tokens=max(8192, length),
             max_num_seqs=min(share, 512),
-            hf_overrides={"head_dtype": "float32"} if gpu else None,  # logits as training has them
+            hf_overrides={"head_dtype": "float32"}
+            if gpu
+            else None,  # float32 logits, as in training
             enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
             tensor_parallel_size=cfg.tensor_parallel_size,
             distributed_executor_backend="external_launcher",  # This process is the worker.
             enforce_eager=not gpu,  # CUDA graphs on a GPU; compiling costs more on a CPU.
             enable_sleep_mode=gpu,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of the machine's memory
+            kv_cache_memory_bytes=None if gpu else 2**30,  # default: a share of all memory
             use_tqdm_on_load=False,
         )
-        self.llm.sleep(level=2)  # Gives up the weights as well. On a CPU it does nothing.
+        self.llm.sleep(level=2)  # Level 2 frees the weights too. On a CPU it does nothing.
         torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
 
-        # vLLM only warns about weights that a reload leaves out, though they may be garbage then.
+        # vLLM only warns when a reload leaves weights out, which then hold garbage.
         def refuse(record: logging.LogRecord):
             raise UserError(f"vLLM did not get all weights of the policy: {record.getMessage()}")
 
@@ -457,8 +459,8 @@ class Sampler:
         log.setLevel(logging.WARNING)
         log.addFilter(refuse)
 
-    def apart(self):
-        """A context in which transformers makes models as if there were no vLLM."""
+    def unpatched(self):
+        """A context in which transformers makes models without vLLM's patches."""
         from vllm.config import set_current_vllm_config
 
         # For a model that it has no code of its own for, vLLM 0.32.0 patches transformers' class.
@@ -468,14 +470,14 @@ class Sampler:
         return set_current_vllm_config(config)
 
     def load(self, weights: Iterator[tuple[str, Tensor]]):
-        """Collective: wake with the policy's weights, (name, whole tensor) of each."""
+        """Collective: wake up, and load the policy's weights, (name, whole tensor) of each."""
 
-        def repack(model: nn.Module):  # vLLM on a CPU keeps a copy of a tied output layer.
+        def repack(model: nn.Module):  # On a CPU vLLM keeps a packed copy of a tied output layer.
             for layer in model.modules():
                 if type(layer).__name__ == "ParallelLMHead":
                     layer.quant_method.process_weights_after_loading(layer)
 
-        torch.cuda.empty_cache()  # PyTorch keeps what training has freed, and vLLM needs it.
+        torch.cuda.empty_cache()  # Give vLLM the memory that PyTorch caches.
         # Weights need their memory before they are loaded. The KV cache wakes last, because it
         # would leave no room to gather weights in.
         self.llm.wake_up(tags=["weights"])
@@ -491,7 +493,7 @@ class Sampler:
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
         rank, engines = dist.get_rank(), dist.get_world_size() // cfg.tensor_parallel_size
-        engine, place = divmod(rank, cfg.tensor_parallel_size)
+        engine, tp_rank = divmod(rank, cfg.tensor_parallel_size)
         limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
         for i in range(engine, len(prompts), engines):
             x, shown = prompts[i], chat.with_principle(prompts[i])
@@ -507,15 +509,15 @@ class Sampler:
             steps = zip(answer.token_ids, answer.logprobs, strict=True)
             sample.log_probs = [log_probs[token].logprob for token, log_probs in steps]
             sample.finish_reason = answer.finish_reason
-        # All tensor-parallel ranks of an engine have its answers; the first hands them on.
-        samples = gather(samples if place == 0 else [])
+        # All tensor-parallel ranks of an engine have its answers; only the first contributes them.
+        samples = gather(samples if tp_rank == 0 else [])
         return sorted(samples, key=lambda sample: sample.index)
 
 
 # ------------------------------------------------------------------------------- Superior policy --
 def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
     """Collective: final hidden states at the positions that predict response tokens, [T, d]. pairs
-    holds (context, response) of B sequences, whose last token predicts nothing and is no input.
+    holds (context, response) of B sequences; the last token predicts nothing, and is no input.
     Padding is on the right, where a causal model does not look: it needs no mask."""
     # Under ZeRO-3 a rank without samples has to run a forward as well: on a stand-in.
     pairs = pairs or [([0, 0], [])]
@@ -529,7 +531,7 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
     # In place of HfDeepSpeedConfig, which needs the package accelerate. transformers keeps only a
-    # weak reference, so the name zero3 has to exist until the model is loaded.
+    # weak reference, so zero3 has to be referred to until the model is loaded.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     how = {"trust_remote_code": cfg.trust_remote_code}
@@ -540,7 +542,7 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, **how)
-    # zero.Init has rounded the rotary frequencies to bfloat16, radians off at position 1000.
+    # zero.Init has rounded the rotary frequencies to bfloat16: at position 1000 radians off.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -550,9 +552,9 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. For another teacher, give
-    train() another such class: samples, perhaps none, go in; a function from rows to log pi_hat
-    comes out, and makes no collective calls."""
+    because each chunk of the loss needs them. Collective to build. For another teacher, put another
+    such class in its place in train(): it takes samples, possibly none, and returns a function from
+    rows to log pi_hat that makes no collective calls."""
 
     def __init__(self, cfg: Config, ds_config: dict):
         import deepspeed
@@ -576,7 +578,9 @@ class SuperiorPolicy:
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
-        if body_0 is body_plus:  # In one forward, of T tokens twice, so weights are gathered once.
+        if (
+            body_0 is body_plus
+        ):  # One forward of both contexts, T tokens each: weights are gathered once.
             h_0, h_plus = final_states(body_0, plain + shown).chunk(2)
         else:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
@@ -602,25 +606,25 @@ class Policy(nn.Module):
         def loss(h: Tensor, labels: Labels, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return soft_label_loss(h, head.weight, head.bias, labels, tokens)
 
-        # ZeRO-3 gathers the shards of a module for that module's own forward, and for nothing
-        # else. The loss needs the output layer's weight, so it has to be that layer's forward.
+        # ZeRO-3 gathers the shards of a module only while that module itself runs. The loss needs
+        # the output layer's weight, so it has to be that layer's forward.
         head.forward = loss
 
     def forward(self, samples: list[Sample], labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
         """Collective: sums over response tokens of H(pi_hat, pi_theta), of H(pi_hat), and of the
-        gap, |log pi_theta(a_t|s_t) - the sampler's|."""
+        gap |log pi_theta(a_t|s_t) - the sampler's log-probability|."""
         pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         h = final_states(self.model.base_model, pairs)  # [T, d]
         tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=h.device)
-        said = torch.tensor([p for sample in samples for p in sample.log_probs], device=h.device)
+        log_probs = torch.tensor([p for s in samples for p in s.log_probs], device=h.device)
         output_layer = self.model.get_output_embeddings()
         cross_entropy, entropy, log_pi_theta = output_layer(h, labels, tokens)
-        return cross_entropy, entropy, (log_pi_theta - said).abs().sum()
+        return cross_entropy, entropy, (log_pi_theta - log_probs).abs().sum()
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every weight, layer by layer. Collective: all ranks have to take all
-    of them. A tensor is whole until the next one is asked for."""
+    """(name, whole tensor) of every weight, in the model's order. Collective: all ranks have to
+    take all of them. A tensor is whole until the next one is asked for."""
     import deepspeed
 
     for name, parameter in model.named_parameters():
@@ -642,7 +646,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
             batches[-1].append(i)
         return batches + [[]] * (-len(batches) % ranks)
 
-    # The smallest limit that makes no more batches spreads the work most evenly over the ranks.
+    # The smallest limit that still makes n batches spreads the work most evenly over the ranks.
     n = len(split(budget))
     limit = min(sum(lengths) // n, budget)
     while len(split(limit)) > n:
@@ -658,7 +662,8 @@ MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
-    """Collective: compare pi_theta with pi_hat; with `fit`, leave the gradient of L in the engine.
+    """Collective: compare pi_theta with pi_hat on samples, which are the same on all ranks and are
+    divided among them here. With `fit`, leave the gradient of L in the engine.
     Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the
     response tokens of all ranks in nats, and the count of samples and tokens."""
     ranks, tokens = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
@@ -685,7 +690,7 @@ def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=mat
     record = compare(engine, superior, batch, budget, fit=True)
     loss, gap = record["loss"], record["sampler_gap"]
     place = f"{place}: on samples {[sample.index for sample in batch]}"
-    check(math.isfinite(loss), f"{place} the loss is {loss}: look at them, and at the models")
+    check(math.isfinite(loss), f"{place} the loss is {loss}: look at these, and at the models")
     stale = "vLLM has other weights, or computes this model differently"
     check(gap <= max_gap, f"{place} sampler_gap is {gap}: {stale}")
     engine.step()  # Clips the gradient; leaves the weights alone if it is not finite.
@@ -703,7 +708,7 @@ def train(cfg: Config):
     if run.epoch >= cfg.epochs:
         return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
     sampler = Sampler(cfg, chat)
-    with sampler.apart():
+    with sampler.unpatched():
         superior = SuperiorPolicy(cfg, ds_config)
         policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
     adamw = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
@@ -722,17 +727,18 @@ def train(cfg: Config):
         drawn = draw_prompts(prompts, cfg.samples_per_epoch, epoch, cfg.seed)
         samples = sampler.sample(drawn, tag=epoch)
         sampled = time.perf_counter()
-        unseen, evaluation = sampler.sample(held_out, tag="held out"), {}
+        unseen = sampler.sample(held_out, tag="held out")
         sampler.llm.sleep(level=2)
         run.save_samples(f"epoch-{epoch:03d}", samples)
-        if unseen:  # The policy as the epoch finds it, on held-out prompts.
+        evaluation = {}
+        if unseen:  # The policy before it is fitted in this epoch.
             run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
             result = compare(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
             evaluation["eval_kl"] = result["kl"]
             evaluation["eval_response_tokens_mean"] = result["tokens"] / len(unseen)
 
         # 2. Contrast and 3. fit, batch by batch.
-        begun, steps = time.perf_counter(), []
+        steps, fitting = [], time.perf_counter()
         starts = range(0, len(samples), cfg.batch_size)
         for i in tqdm(starts, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
             step += 1
@@ -745,8 +751,8 @@ def train(cfg: Config):
 
         # Log and save.
         seconds = {"sync_seconds": synced - start, "sample_seconds": sampled - synced}
-        seconds["train_seconds"] = fitted - begun
-        record = epoch_record(samples, steps, seconds) | evaluation
+        seconds["train_seconds"] = fitted - fitting
+        record = epoch_record(samples, steps) | seconds | evaluation
         on_rank_0(run.log, "epoch", epoch, step, record)
         left = (cfg.epochs - epoch) * (time.perf_counter() - start)
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in record.items())
@@ -767,13 +773,13 @@ def squeeze(text: str) -> str:
 
 
 def default_text(plain: str, shown: str) -> str:
-    """The system text in `plain` for which `shown` has "<S>", if they differ by nothing else but
-    white space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    """What stands in `plain` in place of the "<S>" in `shown`, if the rest is equal but for white
+    space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
     a, b = squeeze(plain), squeeze(shown)
     start, size = b.index("<S>"), len("<S>") + (len(a) - len(b)) // b.count("<S>")
     if b.replace("<S>", a[start : start + size]) != a:
         return ""
-    # The text with the white space behind it, but for what the template itself puts there.
+    # With the white space that follows it, but for what the template itself puts there.
     places = [i for i, character in enumerate(f"{plain}.") if not character.isspace()]
     text, behind = plain[places[start] : places[start + size]], shown.split("<S>")[1]
     return text.removesuffix(behind[: len(behind) - len(behind.lstrip())])
@@ -801,8 +807,7 @@ def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                 items = json.load(file) if is_list else file
-                listed = isinstance(items, list) or not is_list
-                check(listed, f"{path}: has to be a list of records")
+                check(not is_list or isinstance(items, list), f"{path}: has to be a list")
                 for n, item in enumerate(items, 1):
                     place = f"{path}, {'item' if is_list else 'line'} {n}"
                     if is_list:
@@ -850,16 +855,16 @@ def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed
 
 # ----------------------------------------------------------------------------------------- Files --
 class Run:
-    """What a run leaves under --output_dir. Rank 0 writes text files and model/ under another name
-    first, so no kill leaves half of one. A run is resumed after the epoch that state/done.json
-    names, from DeepSpeed's checkpoint of it. Collective to open."""
+    """What a run leaves under --output_dir. Rank 0 writes files and model/ under other names first,
+    so no kill leaves half of one; of metrics.jsonl whole lines count. A run is resumed after the
+    epoch that state/done.json names, from DeepSpeed's checkpoint of it. Collective to open."""
 
     def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
         settings = {**asdict(cfg), "ranks": dist.get_world_size()}
-        first = json.dumps(prompts[: cfg.samples_per_epoch])  # There are more for more epochs.
+        first = json.dumps(prompts[: cfg.samples_per_epoch])  # More epochs load more prompts.
         settings["data_crc32"] = zlib.crc32(first.encode())
-        # Of --ds_config, this changes results most. The rest may hold secrets of monitors.
+        # The one setting of --ds_config that changes results most; others may hold secrets.
         settings["gradient_clipping"] = ds_config.get("gradient_clipping")
         self.epoch = on_rank_0(self.open, settings)
 
@@ -873,12 +878,12 @@ class Run:
             # The kernel gives the lock back however this process ends.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         config, done = self.folder / "config.json", self.state / "done.json"
-        there = json.loads(config.read_text()) if config.exists() else settings
-        # What may differ when a run is resumed, because results differ by rounding at most.
+        saved = json.loads(config.read_text()) if config.exists() else settings
+        # These may change when a run is resumed, because the method stays the same.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
-        keys = [key for key in settings if there.get(key) != settings[key] and key not in free]
-        changed = "; ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in keys)
+        keys = [key for key in settings if saved.get(key) != settings[key] and key not in free]
+        changed = "; ".join(f"{k} {saved.get(k)!r} there, {settings[k]!r} here" for k in keys)
         another = f"{place} holds another run, use its settings or another folder"
         check(not keys, f"{another}: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
@@ -891,7 +896,7 @@ class Run:
         return epoch
 
     def prune(self, epoch: int):
-        """Delete every state but that of an epoch, and with them the halves that a kill left."""
+        """Delete every state but that of an epoch, and so what a kill left of others."""
         for path in set(self.state.glob("epoch-*")) - {self.state / f"epoch-{epoch:03d}"}:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -945,7 +950,7 @@ class Run:
             check(path, f"{self.state}: the checkpoint of epoch {self.epoch} cannot be loaded")
 
     def save_state(self, engine, epoch: int):
-        """Collective: what training goes on from. It counts once done.json names it."""
+        """Collective: save what training is resumed from. It is valid once done.json names it."""
         tag = f"epoch-{epoch:03d}"
         with as_user_error(f"{self.state / tag}: not written, disk full?", OSError, RuntimeError):
             engine.save_checkpoint(str(self.state), tag, save_latest=False)
@@ -953,8 +958,8 @@ class Run:
         self.prune(epoch)  # On every rank, because machines may have folders of their own.
 
 
-def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, float]) -> dict:
-    """Collective: the record of an epoch, from its steps and the seconds of its phases."""
+def epoch_record(samples: list[Sample], steps: list[dict]) -> dict[str, float]:
+    """Collective: the record of an epoch, from its samples and steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
     record["sampler_gap_first"] = steps[0]["sampler_gap"]
@@ -962,15 +967,15 @@ def epoch_record(samples: list[Sample], steps: list[dict], seconds: dict[str, fl
     record["response_tokens_mean"] = tokens / len(samples)
     record["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
-    if torch.cuda.is_available():  # What is taken on the device; PyTorch keeps what it once took.
+    if torch.cuda.is_available():  # What is in use of the device; PyTorch's cache holds its peak.
         free, total = torch.cuda.mem_get_info()
         memory = total - free
-    return {**record, **seconds, "peak_memory_gib": max(gather([memory])) / 2**30}
+    return record | {"peak_memory_gib": max(gather([memory])) / 2**30}
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
 def say(text: str):
-    """Print on rank 0, with the control characters that data and models may bring spelt out."""
+    """Print on rank 0, with the control characters that data and models may bring escaped."""
     if os.environ.get("RANK", "0") == "0":
         shown = [c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text]
         print("".join(shown), flush=True)
@@ -984,16 +989,16 @@ def gather(items: list) -> list:
 
 
 def on_rank_0(function: Callable, *args: object) -> object:
-    """Collective: function(*args) of rank 0. What a user can fix is a UserError on every rank."""
-    told = [None, None]  # result, error
+    """Collective: function(*args) of rank 0. What a user can fix is raised on every rank."""
+    outcome = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
-            told[0] = function(*args)
+            outcome[0] = function(*args)
         except (UserError, OSError, SafetensorError) as error:
-            told[1] = str(error) or repr(error)
-    dist.broadcast_object_list(told)
-    check(told[1] is None, told[1])
-    return told[0]
+            outcome[1] = str(error) or repr(error)
+    dist.broadcast_object_list(outcome)
+    check(outcome[1] is None, outcome[1])
+    return outcome[0]
 
 
 def join_ranks():
@@ -1001,7 +1006,7 @@ def join_ranks():
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # It never empties /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # It leaks /dev/shm.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(alone | os.environ)
@@ -1010,15 +1015,15 @@ def join_ranks():
     gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
     check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(timeout=timedelta(hours=12))  # Rank 0 reads and writes for all.
-    sys.excepthook = end_at_once  # PyTorch has put its own in place of it.
+    deepspeed.init_distributed(timeout=timedelta(hours=12))  # Others wait while rank 0 reads.
+    sys.excepthook = end_at_once  # PyTorch has replaced it.
 
 
 def end_at_once(kind: type, error: BaseException, *trace: object):
-    """Show an error and end this rank; an orderly exit may wait for ranks that wait for it."""
+    """Show an error and end this rank. An orderly exit could wait for ranks that wait for it."""
     if kind is UserError:
-        # As a rule all ranks raise it. Local rank 0 reports it, and the launcher ends the others; a
-        # rank that is still there after a while is the only one that knows.
+        # As a rule all ranks raise it, local rank 0 shows it, and the launcher ends the others. A
+        # rank that lives on after a while is the only one with the error, and shows it.
         time.sleep(5 if os.environ.get("LOCAL_RANK", "0") != "0" else 0)
         print(f"{Path(sys.argv[0]).name}:", *str(error).split(), flush=True)
         os._exit(2)
@@ -1029,7 +1034,7 @@ def end_at_once(kind: type, error: BaseException, *trace: object):
 
 
 def stop_at_once():
-    """Ctrl-C and the end of DeepSpeed's launcher end this rank at once, as SIGTERM does."""
+    """End this rank at once on Ctrl-C, or when DeepSpeed's launcher is gone."""
     # Python's own handler would wait until C++ returns, and a collective may never return.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launchers = psutil.Process().parents()[:2]  # launch.py, and runner.py above it
@@ -1065,7 +1070,7 @@ def as_user_error(message: str, *errors: type[Exception]) -> Iterator[None]:
 
 def check_options(cfg: Config):
     """Refuse values that make no sense; nan lies in no range. Read --principle @FILE."""
-    ranges = {option.name: (1, math.inf) for option in fields(cfg) if option.type is int}
+    ranges = {number.name: (1, math.inf) for number in fields(cfg) if number.type is int}
     ranges |= {"seed": (0, 2**32 - 1), "alpha": (0, 99), "temperature": (0, 99)}
     ranges |= dict.fromkeys(("plausibility", "learning_rate", "gpu_memory_utilization"), (0, 1))
     for name, (low, high) in ranges.items():
@@ -1079,7 +1084,7 @@ def check_options(cfg: Config):
 
 
 def deepspeed_config(cfg: Config) -> dict:
-    """--ds_config, with what the command line decides filled in; a file that differs is refused."""
+    """--ds_config, with what is decided here filled in; a file that sets that itself is refused."""
     owned = {  # The batch sizes are nominal: deal() and optimizer_step() make the real ones.
         "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
         "train_micro_batch_size_per_gpu": 1,
@@ -1089,9 +1094,10 @@ def deepspeed_config(cfg: Config) -> dict:
         "zero_force_ds_cpu_optimizer": False,
     }
     file = f"--ds_config {cfg.ds_config}"
-    with as_user_error(f"{file}: set ZeRO stage 3", OSError, ValueError, LookupError, TypeError):
+    needs = "has to be a JSON file that sets ZeRO stage 3"
+    with as_user_error(f"{file}: {needs}", OSError, ValueError, LookupError, TypeError):
         config = json.loads(Path(cfg.ds_config).read_text())
-        check(config["zero_optimization"]["stage"] == 3, f"{file}: set ZeRO stage 3")
+        check(config["zero_optimization"]["stage"] == 3, f"{file}: {needs}")
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
         check(key not in config, f"{file}: remove {key!r}, inverse_q.py sets it")
     return config | owned
@@ -1104,8 +1110,8 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -
     trained = size if offload else size + 16  # with master, gradient and moments in float32
     frozen = len({cfg.negative_model, cfg.positive_model}) * size
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
-    # Bytes of activations for each token and unit of width: 34 a layer. With checkpointing these
-    # are kept of one layer at a time, and of the others the input alone.
+    # Activations in bytes for each token and unit of width: 34 in a layer, roughly. Checkpointing
+    # keeps those of one layer, and of the others the input.
     kept = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
     keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9  # NCCL, CUDA graphs
     gathered = size * min(weights, 1e9)  # DeepSpeed's limit of what is whole at a time
@@ -1129,34 +1135,35 @@ def check_memory(cfg: Config, ds_config: dict):
         text += f", of {total:.1f} GB"
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
         check(needs[0] + max(needs[1:]) <= total, f"{text}: {less}")
-        share = math.floor(100 * (1 - needs[0] / total)) / 100
-        less = f"set --gpu_memory_utilization to {share}"
-        check(cfg.gpu_memory_utilization <= share, f"{text}: {less}")
+        least = math.ceil(100 * needs[2] / total) / 100
+        most = math.floor(100 * (1 - needs[0] / total)) / 100
+        fits = least <= cfg.gpu_memory_utilization <= most
+        check(fits, f"{text}: set --gpu_memory_utilization from {least} to {most}")
 
 
 def load_tokenizer(cfg: Config):
-    """The policy's tokenizer, after the checks of the models that need no weights."""
-    how, loaded = {"trust_remote_code": cfg.trust_remote_code}, {}
+    """The policy's tokenizer, after checking the models as far as that needs no weights."""
+    how = {"trust_remote_code": cfg.trust_remote_code}
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
         with as_user_error(f"{name}: no model folder or hub id that loads", OSError, ValueError):
             config = transformers.AutoConfig.from_pretrained(name, **how).get_text_config()
-            # mistral_common's tokenizer, the alternative, reads special tokens as plain text.
+            # Else mistral_common's tokenizer may load, which reads special tokens as plain text.
             load = transformers.AutoTokenizer.from_pretrained
             tokenizer = load(name, mistral_format=False, **how)
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
         check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
-        loaded[name] = tokenizer, (tokenizer.get_vocab(), config.vocab_size)
-        own, vocabulary = loaded[cfg.model]
-        same = loaded[name][1] == vocabulary
-        check(same, f"{name}: its vocabulary has to be that of {cfg.model}")
+        vocabulary = tokenizer.get_vocab(), config.vocab_size
+        if name == cfg.model:
+            own, expected = tokenizer, vocabulary
+        check(vocabulary == expected, f"{name}: its vocabulary has to be that of {cfg.model}")
         have = getattr(config, "max_position_embeddings", None) or need
-        limits = f"--max_prompt_tokens + --max_new_tokens, {need}"
-        check(need <= have, f"{name}: lower {limits}, to its {have} positions")
+        lower = f"lower --max_prompt_tokens + --max_new_tokens ({need})"
+        check(need <= have, f"{name} has {have} positions: {lower}")
         for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            plain = getattr(config, key, None) in (None, 1)
-            check(plain, f"{name}: unsupported, its logits are not the output layer's ({key})")
-    if hasattr(own, "legacy"):  # Of Llama's; transformers does not save it. It changes ids.
+            unscaled = getattr(config, key, None) in (None, 1)
+            check(unscaled, f"{name}: unsupported, it caps or scales its logits ({key})")
+    if hasattr(own, "legacy"):  # Of Llama's: it changes ids, and transformers does not save it.
         own.init_kwargs["legacy"] = own.legacy
     return own
 
@@ -1177,7 +1184,7 @@ def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Mes
     held_out, count = [], cfg.eval_samples
     if cfg.eval_data:
         held_out, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit, count, cfg.seed)
-    say("However this job ends, the same command goes on after the last save.")
+    say("If this job stops, the same command resumes it after the last save.")
     return ds_config, chat, prompts, held_out
 
 
@@ -1186,7 +1193,7 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     """Parse the command line and run. A UserError is one line, and exit code 2."""
     sys.excepthook = end_at_once
     stop_at_once()
-    # Else transformers asks the hub to convert .bin weights, and FlashInfer wants nvcc.
+    # Otherwise transformers asks the hub to convert .bin weights, and FlashInfer needs nvcc.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -1606,9 +1606,12 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
 
     run(10.0)
     run(10.0, gpu_memory_utilization=0.69)
+    run(10.0, gpu_memory_utilization=0.21)
     assert "each of which needs about 3.0 GB to train" in capsys.readouterr().out
-    with pytest.raises(q.UserError, match=r"10\.0 GB: set --gpu_memory_utilization to 0\.69"):
-        run(10.0, gpu_memory_utilization=0.7)
+    for share in (0.7, 0.2):  # too little for training, too little for vLLM
+        fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.21 to 0\.69"
+        with pytest.raises(q.UserError, match=fits):
+            run(10.0, gpu_memory_utilization=share)
     with pytest.raises(q.UserError, match=r"4\.0 GB: use more GPUs, offload_optimizer"):
         run(4.0, gpu_memory_utilization=0.1)
 
@@ -2569,8 +2572,10 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
     def ours(*options):
         return settings(toy, tmp_path / "out", *options)
 
-    no_model, no_file = "no model folder or hub id that loads", "not a JSON file"
-    no_file_of = "not a JSON file with zero_optimization and its stage"
+    no_model, no_file = (
+        "no model folder or hub id that loads",
+        "has to be a JSON file that sets ZeRO stage 3",
+    )
     another = "holds another run, use its settings or another folder: "
     no_prompt, no_set = "no prompt to use", "owner/no: no such file or hub data set"
     a_line_needs = "line 1: a record needs 'prompt', 'messages', or"
@@ -2610,12 +2615,15 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
         (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
         (ours("--epochs", 0), "--epochs 0: has to be from 1"),
-        (ours("--max_new_tokens", 5000), "5300, to its 1024 positions"),
+        (
+            ours("--max_new_tokens", 5000),
+            "a has 1024 positions: lower --max_prompt_tokens + --max_new_tokens (5300)",
+        ),
         (ours("--ds_config", tmp_path / "no.json"), f"no.json: {no_file}"),
         (ours("--ds_config", write(tmp_path / "a.json", "{")), f"a.json: {no_file}"),
-        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"b.json: {no_file_of}"),
-        (ours(*ds("c", zero_optimization={"stage": 2})), "set ZeRO stage 3"),
-        (ours(*ds("d", zero_optimization=3)), no_file_of),
+        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"b.json: {no_file}"),
+        (ours(*ds("c", zero_optimization={"stage": 2})), no_file),
+        (ours(*ds("d", zero_optimization=3)), no_file),
         (ours(*ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
         (ours("--output_dir", model_file), "Not a directory"),
         (ours("--output_dir", model_file / "x"), "Not a directory"),

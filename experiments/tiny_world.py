@@ -168,31 +168,37 @@ def make_llama(seed=0, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
 
 
-def make_batch(rng, tokenizer):
-    """Token ids of 48 dialogues with their last reply, [48, L], and the labels of their tokens."""
-    rows = []
-    for _ in range(48):
-        shown = rng.random() < 0.5
-        p_good = SHOWN if shown else NOT_SHOWN
-        turns, verb, thing = make_dialogue(rng, p_good)
-        turns.append({"role": "assistant", "content": make_reply(rng, verb, thing, p_good)})
-        if shown:
-            turns.insert(0, {"role": "system", "content": PRINCIPLE})
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [1] * (length - len(row)) for row in rows])
-    labels = torch.tensor([row + [-100] * (length - len(row)) for row in rows])  # -100: no label
-    return ids, labels
+def make_batches(rng, tokenizer):
+    """Batches without end of token ids of 48 dialogues with their last reply, [48, L], and the
+    labels of their tokens. Dialogues of similar length share a batch: half of one would be padding.
+    """
+    while True:
+        rows = []
+        for _ in range(8 * 48):
+            shown = rng.random() < 0.5
+            p_good = SHOWN if shown else NOT_SHOWN
+            turns, verb, thing = make_dialogue(rng, p_good)
+            turns.append({"role": "assistant", "content": make_reply(rng, verb, thing, p_good)})
+            if shown:
+                turns.insert(0, {"role": "system", "content": PRINCIPLE})
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        rows.sort(key=len)
+        for start in rng.sample(range(0, len(rows), 48), 8):
+            some = rows[start : start + 48]
+            length = max(map(len, some))
+            ids = torch.tensor([row + [1] * (length - len(row)) for row in some])
+            labels = torch.tensor([row + [-100] * (length - len(row)) for row in some])
+            yield ids, labels  # The label -100 is none.
 
 
 def train_base(rng, model, tokenizer, steps):
     """Teach a model what people in this world say, with and without the principle."""
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    start = time.perf_counter()
+    start, batches = time.perf_counter(), make_batches(rng, tokenizer)
     for step in range(1, steps + 1):
-        ids, labels = make_batch(rng, tokenizer)
+        ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
