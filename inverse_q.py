@@ -1110,12 +1110,13 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -
     trained = size if offload else size + 16  # with master, gradient and moments in float32
     frozen = len({cfg.negative_model, cfg.positive_model}) * size
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
-    # Activations in bytes for each token and unit of width: 34 in a layer, roughly. Checkpointing
+    # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
     # keeps those of one layer, and of the others the input.
-    kept = 34 + size * layers if cfg.activation_checkpointing else 34 * layers
+    kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
+    activations = size * kept * cfg.micro_batch_tokens * config.hidden_size
     keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9  # NCCL, CUDA graphs
     gathered = size * min(weights, 1e9)  # DeepSpeed's limit of what is whole at a time
-    fitting = kept * cfg.micro_batch_tokens * config.hidden_size + gathered + (8 + size) * head
+    fitting = activations + gathered + (8 + size) * head
     sampling = size * weights / cfg.tensor_parallel_size + 2e9
     return [keeps / 1e9, fitting / 1e9, sampling / 1e9]
 
