@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -1663,10 +1664,35 @@ def command(ranks, *options, launcher=(), script=HERE / "inverse_q.py"):
     return [*start, str(script), *map(str, options)]
 
 
-def launch(ranks, *options, **changes):
-    """The result of a job under DeepSpeed's launcher."""
-    whole = command(ranks, *options, **changes)
-    return subprocess.run(whole, capture_output=True, text=True, timeout=600)
+class Launched:
+    """A program in the background, in a process group of its own."""
+
+    def __init__(self, command, **more):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, start_new_session=True, **pipes, **more)
+        self.poll = self.process.poll
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        self.stdout, self.stderr = self.process.communicate()
+
+    def result(self, timeout=600):
+        """As of subprocess.run(): when all that write to its pipes are gone."""
+        self.reader.join(timeout)
+        out, err = self.stdout, self.stderr
+        return types.SimpleNamespace(returncode=self.poll(), stdout=out, stderr=err)
+
+    def group(self, number):
+        os.killpg(self.process.pid, number)
+
+    def family(self):
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def assert_gone(self, family):
+        """Within 30 s, with an exit code that tells."""
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive and self.result(30).returncode not in (0, None)
 
 
 # Most of a start is imports. Where the launcher is not what a test is about, ranks are forked from
@@ -1676,6 +1702,15 @@ PRELOAD = "test_inverse_q deepspeed vllm.entrypoints.llm vllm.v1.worker.cpu_work
 PRELOAD += " vllm.model_executor.models.llama vllm.model_executor.model_loader.reload"
 PRELOAD += " transformers.models.llama.modeling_llama transformers.hf_argparser"
 FORKS.set_forkserver_preload(PRELOAD.split())
+
+
+def start_forkserver():
+    """With the environment that its forks get. It returns at once, and the imports take seconds."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # Read when vLLM and PyTorch are imported.
+        m.setenv("TORCH_COMPILE_DISABLE", "1")  # For five tokens it is not worth its seconds.
+        m.chdir(HERE)
+        multiprocessing.forkserver.ensure_running()
 
 
 def in_a_fork(environment, folder, output, function, args):
@@ -1698,17 +1733,14 @@ class Job:
         self.output, self.ranks = Path(tempfile.mkdtemp()), []
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
         shared["MASTER_PORT"] = free_port()
-        with pytest.MonkeyPatch.context() as m:
-            m.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # Read when vLLM and PyTorch are imported.
-            m.setenv("TORCH_COMPILE_DISABLE", "1")  # For five tokens it is not worth its seconds.
-            m.chdir(HERE)
-            for rank in range(ranks):
-                local = 0 if folders else rank
-                environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
-                folder = folders[rank] if folders else HERE
-                target = environment, folder, self.output, function, args
-                self.ranks.append(FORKS.Process(target=in_a_fork, args=target))
-                self.ranks[-1].start()
+        start_forkserver()
+        for rank in range(ranks):
+            local = 0 if folders else rank
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
+            folder = folders[rank] if folders else HERE
+            target = environment, folder, self.output, function, args
+            self.ranks.append(FORKS.Process(target=in_a_fork, args=target))
+            self.ranks[-1].start()
 
     def poll(self):
         codes = [rank.exitcode for rank in self.ranks]
@@ -2076,33 +2108,6 @@ def wait_until(job, condition):
         time.sleep(0.01)
 
 
-class Launched:
-    """A job in the background, under DeepSpeed's launcher, in a process group of its own."""
-
-    def __init__(self, *options):
-        self.process = subprocess.Popen(
-            command(2, *options),
-            start_new_session=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.poll, self.said = self.process.poll, []
-        reader = threading.Thread(target=lambda: self.said.extend(self.process.stdout), daemon=True)
-        reader.start()
-
-    def group(self, number):
-        os.killpg(self.process.pid, number)
-
-    def family(self):
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def assert_gone(self, family):
-        """Within 30 s, with an exit code that tells."""
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert not alive and self.process.wait(30) != 0
-
-
 def save_slowly():
     """Leave time to be stopped between the checkpoint and the word that it is whole."""
     write = q.Run.write
@@ -2116,13 +2121,13 @@ def save_slowly():
 
 @pytest.fixture(scope="session")
 def stopped(toy, tmp_path_factory):
-    """A run of two epochs that is stopped in every way and at every moment, and started again.
+    """A run of two epochs that is stopped at every moment, and started again.
 
     In its first epoch while it samples, fits, and saves, and in its second at the beginning and at
-    a moment drawn by chance. Also what it said each time, and a copy of it after one epoch.
+    a moment drawn by chance.
     """
-    out, said, rng = tmp_path_factory.mktemp("stopped"), [], random.Random(4)
-    done, options = out / "state" / "done.json", settings(toy, out, *TRAINING)
+    out, rng = tmp_path_factory.mktemp("stopped"), random.Random(4)
+    done = out / "state" / "done.json"
 
     def run_to(path, seconds, job):
         known = (out / "model").stat().st_mtime if (out / "model").exists() else 0
@@ -2132,56 +2137,41 @@ def stopped(toy, tmp_path_factory):
         time.sleep(seconds)
         return job
 
-    # It samples: SIGKILL of all.
-    run_to(out / "model", 0.2, start(toy, out, 2, *TRAINING)).kill()
+    def run_to_and_kill(path, seconds, prepare=None):
+        run_to(path, seconds, start(toy, out, 2, *TRAINING, prepare=prepare)).kill()
 
-    # It fits: SIGTERM to the launcher, whose own child survives that.
-    job = run_to(out / "samples" / "epoch-001.jsonl", 0.0, Launched(*options))
-    family = job.family()
-    job.process.terminate()
-    job.assert_gone(family)
-    said.append(job.said)
-
-    # It saves: SIGKILL of all.
-    run_to(
-        out / "state" / "epoch-001", 0.5, start(toy, out, 2, *TRAINING, prepare=save_slowly)
-    ).kill()
+    # It samples, fits, and saves: SIGKILL.
+    run_to_and_kill(out / "model", 0.2)
+    run_to_and_kill(out / "samples" / "epoch-001.jsonl", 0.0)
+    run_to_and_kill(out / "state" / "epoch-001", 0.5, save_slowly)
     assert not done.exists()
 
     # An epoch is saved: Ctrl-C, and a second job is refused the folder meanwhile.
-    job = run_to(done, 0.0, Launched(*options))
+    job = run_to(done, 0.0, Launched(command(2, *settings(toy, out, *TRAINING))))
     job.group(signal.SIGSTOP)
     second = start(toy, out, 2, *TRAINING).result(check=False)
     assert second.returncode == 2 and "another job is running in it" in second.stdout
-    shutil.copytree(out, out.with_name("after_one_epoch"))
     family = job.family()
     job.group(signal.SIGCONT)
     job.group(signal.SIGINT)
     job.assert_gone(family)
-    said.append(job.said)
+    assert job.stdout.count("The same command goes on") == 1, job.stdout[-3000:]
     assert json.loads(done.read_text()) == {"epoch": 1}
 
-    # At some moment of the second epoch: SIGKILL of one rank.
-    job = run_to(done, rng.uniform(0.1, 0.5), Launched(*options))
-    family = job.family()
-    next(p for p in family if "--local_rank=1" in p.cmdline()).kill()
-    job.assert_gone(family)
+    # At some moment of the second epoch: SIGKILL.
+    run_to_and_kill(done, rng.uniform(0.1, 0.5))
     assert json.loads(done.read_text()) == {"epoch": 1}
 
     train(toy, out, 2, *TRAINING)
-    return out, said
+    return out
 
 
 @processes
 def test_a_run_that_was_stopped_and_started_again_ends_like_one_that_was_not(stopped, run_2):
     """However it was stopped: no process was left within 30 s, and what is on disk was whole."""
-    out, said = stopped
-    assert_same_run(out, run_2[0])
-    state = {p.name for p in (out / "state").glob("[ed]*")}
+    assert_same_run(stopped, run_2[0])
+    state = {p.name for p in (stopped / "state").glob("[ed]*")}
     assert state == {"done.json", "epoch-002"}  # none but the last
-    for lines in said:
-        hints = [x for x in lines if "The same command goes on" in x]
-        assert len(hints) == 1, lines[-20:]
 
 
 @processes
@@ -2198,10 +2188,8 @@ def script_of(tmp_path, text):
     return path
 
 
-@processes
-def test_a_rank_with_an_error_shows_it_first_and_takes_the_job_down(toy, tmp_path):
-    """The other rank waits in a collective, and may only fail after it."""
-    text = """
+# The other rank waits in a collective, and may only fail after it.
+ERROR_OF_ONE_RANK = """
 def sampler(cfg, chat):
     if os.environ["RANK"] == "1":
         {}["the error of rank 1"]
@@ -2209,18 +2197,8 @@ def sampler(cfg, chat):
 q.Sampler = sampler
 q.main()
 """
-    begin, script = time.perf_counter(), script_of(tmp_path, text)
-    options = settings(toy, tmp_path / "out", *TRAINING)
-    result = launch(2, *options, script=script)
-    assert result.returncode == 1 and time.perf_counter() - begin < 90
-    lines = [x for x in result.stderr.splitlines() if "Error: " in x]
-    assert "KeyError: 'the error of rank 1'" in lines[0], result.stderr[-3000:]
-
-
-@processes
-def test_what_one_rank_alone_finds_is_one_line_too(toy, tmp_path):
-    """The disk of the second machine is full, say; the first rank waits in a collective."""
-    text = """
+# The disk of the second machine is full, say; the first rank waits in a collective.
+MISTAKE_OF_ONE_RANK = """
 from types import SimpleNamespace
 def save_checkpoint(*_, **__):
     print("PID", os.getpid(), flush=True)
@@ -2232,8 +2210,46 @@ def train(cfg):
     q.dist.barrier()
 q.main(train)
 """
-    options = settings(toy, tmp_path / "out", *TRAINING)
-    result = launch(2, *options, script=script_of(tmp_path, text))
+
+
+@pytest.fixture(scope="session")
+def launched(toy, tmp_path_factory):
+    """Jobs under DeepSpeed's launcher that end by themselves; early() starts them."""
+    jobs = {}
+    for name, text in (("error", ERROR_OF_ONE_RANK), ("mistake", MISTAKE_OF_ONE_RANK)):
+        folder = tmp_path_factory.mktemp(name)
+        script = folder / "script.py"
+        head = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport inverse_q as q\n"
+        script.write_text(head + text)
+        options = settings(toy, folder / "out", *TRAINING)
+        jobs[name] = Launched(command(2, *options, script=script))
+    folder = tmp_path_factory.mktemp("run_sh")
+    options = settings(toy, folder, "--data", folder / "nothing.jsonl")
+    jobs["run.sh"] = Launched([HERE / "run.sh", *options])
+    return jobs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """Begin with what takes long and wants no attention: it goes on beside the quick tests."""
+    tests = request.session.items
+    if any(test.get_closest_marker("processes") for test in tests):
+        start_forkserver()
+    if any("launched" in test.fixturenames for test in tests):
+        request.getfixturevalue("launched")
+
+
+@processes
+def test_a_rank_with_an_error_shows_it_first_and_takes_the_job_down(launched):
+    result = launched["error"].result(90)
+    assert result.returncode == 1
+    lines = [x for x in result.stderr.splitlines() if "Error: " in x]
+    assert "KeyError: 'the error of rank 1'" in lines[0], result.stderr[-3000:]
+
+
+@processes
+def test_what_one_rank_alone_finds_is_one_line_too(launched):
+    result = launched["mistake"].result()
     lines = [x for x in result.stdout.splitlines() if x.startswith("script.py: ")]
     message = "epoch-001: not written, disk full? (OSError: [Errno 28] No space left on device)"
     assert result.returncode == 2 and len(lines) == 1 and message in lines[0], result.stdout
@@ -2444,7 +2460,8 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
 def test_several_machines(toy, run_2, tmp_path):
     """Two launchers with a rank each, in folders of their own as on machines that share none.
 
-    And then again, to go on, from forks.
+    In the second epoch one launcher gets SIGTERM, which its own child survives. Then the rank of
+    the other is lost, which was waiting for the first. And then again, to go on, from forks.
     """
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     port, jobs, folders = free_port(), [], [tmp_path / "0", tmp_path / "1"]
@@ -2452,13 +2469,22 @@ def test_several_machines(toy, run_2, tmp_path):
         folder.mkdir()
         launcher = ["--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--node_rank", str(node)]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
-        whole = command(1, *settings(toy, "out", *TRAINING, "--epochs", 1), launcher=launcher)
+        whole = command(1, *settings(toy, "out", *TRAINING), launcher=launcher)
         del whole[1:3]  # --num_gpus
-        pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        jobs.append(subprocess.Popen(whole, cwd=folder, **pipes))
-    said = [job.communicate(timeout=300)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said[0][-3000:] + said[1][-3000:]
-    assert "Inverse-Q*" in said[0] and "Inverse-Q*" not in said[1]
+        jobs.append(Launched(whole, cwd=folder))
+    done = folders[0] / "out" / "state" / "done.json"
+    wait_until(jobs[0], done.exists)
+    families = [job.family() for job in jobs]
+    (lost,) = (p for p in families[1] if "--local_rank=0" in p.cmdline())
+    lost.suspend()
+    jobs[0].process.terminate()
+    jobs[0].assert_gone(families[0])
+    assert jobs[1].poll() is None
+    lost.kill()
+    jobs[1].assert_gone(families[1])
+    for text in ("Inverse-Q*", "The same command goes on"):
+        assert [job.stdout.count(text) for job in jobs] == [1, 0], jobs[0].stdout[-3000:]
+    assert json.loads(done.read_text()) == {"epoch": 1}
     assert "epoch-001, first sample" not in train(toy, "out", 2, *TRAINING, folders=folders)
     assert_same_run(tmp_path / "0" / "out", run_2[0])
     written = {p.name for p in (tmp_path / "1" / "out").rglob("*") if p.is_file()}
@@ -2479,10 +2505,9 @@ def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path
 
 
 @processes
-def test_run_sh_passes_options_and_exit_code_on(toy, tmp_path):
+def test_run_sh_passes_options_and_exit_code_on(launched):
     """Training goes through DeepSpeed's launcher. Here the first rank finds the user error."""
-    options = settings(toy, tmp_path, "--data", tmp_path / "nothing.jsonl")
-    result = subprocess.run([HERE / "run.sh", *options], capture_output=True, text=True)
+    result = launched["run.sh"].result()
     assert_one_line(result, "nothing.jsonl: no such file")
     assert "launch.py" in result.stdout + result.stderr
 
@@ -2547,8 +2572,8 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
     def ours(*options):
         return settings(toy, tmp_path / "out", *options)
 
-    no_model, no_file = "no model folder or hub id that loads", "not a JSON file"
-    no_file_of = "not a JSON file with zero_optimization and its stage"
+    no_model, stage_3 = "no model folder or hub id that loads", "set ZeRO stage 3"
+    no_head = "capped: unsupported, its logits are not the output layer's (final_logit_softcapping)"
     another = "holds another run, use its settings or another folder: "
     no_prompt, no_set = "no prompt to use", "owner/no: no such file or hub data set"
     a_line_needs = "line 1: a record needs 'prompt', 'messages', or"
@@ -2584,16 +2609,19 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         ),
         (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
         (ours("--positive_model", other), "their vocabularies have to be the same"),
-        (ours("--positive_model", capped), "caps or scales its logits"),
+        (ours("--positive_model", capped), no_head),
         (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
         (ours("--tensor_parallel_size", 3), "size 3: has to divide the number of ranks, 1"),
         (ours("--epochs", 0), "--epochs 0: has to be from 1"),
         (ours("--max_new_tokens", 5000), "5300, to its 1024 positions"),
-        (ours("--ds_config", tmp_path / "no.json"), f"no.json: {no_file}"),
-        (ours("--ds_config", write(tmp_path / "a.json", "{")), f"a.json: {no_file}"),
-        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"b.json: {no_file_of}"),
-        (ours(*ds("c", zero_optimization={"stage": 2})), "set ZeRO stage 3"),
-        (ours(*ds("d", zero_optimization=3)), no_file_of),
+        (ours("--ds_config", tmp_path / "no.json"), f"no.json: {stage_3} (FileNotFoundError"),
+        (
+            ours("--ds_config", write(tmp_path / "a.json", "{")),
+            f"a.json: {stage_3} (JSONDecodeError",
+        ),
+        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"b.json: {stage_3} (TypeError"),
+        (ours(*ds("c", zero_optimization={"stage": 2})), f"c.json: {stage_3}"),
+        (ours(*ds("d", zero_optimization=3)), f"d.json: {stage_3} (TypeError"),
         (ours(*ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
         (ours("--output_dir", model_file), "Not a directory"),
         (ours("--output_dir", model_file / "x"), "Not a directory"),
@@ -2714,21 +2742,32 @@ def make_other_model(name, folder):
     make_tokenizer().save_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def other_runs(tmp_path_factory):
+    """A run of every other make, all at the same time."""
+    folder, jobs = tmp_path_factory.mktemp("other_runs"), []
+    data = write(folder / "a.jsonl", "".join(json.dumps(r) + "\n" for r in RECORDS[:3]))
+    for name in list(OTHER_MODELS)[1:]:
+        make_other_model(name, folder / name / "base")
+        options = {"model": folder / name / "base", "output_dir": folder / name / "out"}
+        options |= {"data": data, "principle": PRINCIPLE, "dtype": "float32", "temperature": 0}
+        options |= {"epochs": 2, "samples_per_epoch": 3, "learning_rate": 3e-3}
+        options |= {"max_prompt_tokens": 300, "max_new_tokens": 12}
+        words = [str(x) for key in options for x in (f"--{key}", options[key])]
+        jobs.append(Job(1, run_main, words))
+    for job in jobs:
+        job.result()
+    return folder
+
+
 @processes
 @pytest.mark.parametrize("name", list(OTHER_MODELS)[1:])
-def test_models_of_other_makes_are_sampled_and_trained_right(name, tmp_path):
+def test_models_of_other_makes_are_sampled_and_trained_right(name, other_runs):
     """Loss and gradient of the first step are plain PyTorch's. At temperature 0, the tokens of the
     second epoch are the favourites of the policy after the first, and no more those of pi_0."""
     from transformers import AutoModelForCausalLM
 
-    base, out = tmp_path / "base", tmp_path / "out"
-    make_other_model(name, base)
-    data = write(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in RECORDS[:3]))
-    options = {"model": base, "data": data, "principle": PRINCIPLE, "output_dir": out}
-    options |= {"dtype": "float32", "temperature": 0, "epochs": 2, "samples_per_epoch": 3}
-    options |= {"learning_rate": 3e-3, "max_prompt_tokens": 300, "max_new_tokens": 12}
-    Job(1, run_main, [str(x) for key in options for x in (f"--{key}", options[key])]).result()
-
+    base, out = other_runs / name / "base", other_runs / name / "out"
     records, policy = next(replay(base, out, 1.4, 1.0, 3e-3, 16))
     steps = metrics(out, "step")  # One in each epoch, so that the sampler is never behind.
     assert steps[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
