@@ -186,34 +186,15 @@ def some_logits(t=6, v=11, seed=0, scale=3.0):
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0, 1.4, 5.0])
 @pytest.mark.parametrize("plausibility", [0.0, 0.1, 0.9])
 def test_superior_policy_is_the_definition(alpha, plausibility):
+    """Of logits and of log-probabilities. What is implausible gets nothing, and a finite log."""
     z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    log_pi_hat = q.superior_policy(z_0, z_plus, alpha, plausibility)
     expected = oracle_log_pi_hat(z_0, z_plus, alpha, plausibility)
-    torch.testing.assert_close(log_pi_hat.exp(), expected.exp(), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(log_pi_hat.exp().sum(-1), torch.ones(6).double())
-
-
-def test_alpha_0_is_pi_0_and_alpha_1_is_pi_plus():
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    torch.testing.assert_close(q.superior_policy(z_0, z_plus, 0.0), z_0.log_softmax(-1))
-    torch.testing.assert_close(q.superior_policy(z_0, z_plus, 1.0), z_plus.log_softmax(-1))
-
-
-def test_superior_policy_takes_logits_and_log_probabilities_alike():
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    a = q.superior_policy(z_0, z_plus, 1.7, 0.05)
-    b = q.superior_policy(z_0.log_softmax(-1), z_plus.log_softmax(-1), 1.7, 0.05)
-    torch.testing.assert_close(a, b)
-
-
-def test_plausibility_gives_implausible_tokens_nothing_and_keeps_the_others_in_proportion():
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    pi_plus = z_plus.softmax(-1)
-    implausible = pi_plus < 0.2 * pi_plus.amax(-1, keepdim=True)
-    free, cut = q.superior_policy(z_0, z_plus, 1.4), q.superior_policy(z_0, z_plus, 1.4, 0.2)
-    assert implausible.any() and (cut.exp()[implausible] == 0).all() and cut.isfinite().all()
-    shift = (cut - free).masked_fill(implausible, torch.nan)
-    assert (shift.nan_to_num(-math.inf).amax(-1) - shift.nan_to_num(math.inf).amin(-1)).max() < 1e-9
+    assert (expected == -math.inf).any() == (plausibility > 0)
+    for a, b in ((z_0, z_plus), (z_0.log_softmax(-1), z_plus.log_softmax(-1))):
+        log_pi_hat = q.superior_policy(a, b, alpha, plausibility)
+        pi_hat = log_pi_hat.exp()
+        torch.testing.assert_close(pi_hat, expected.exp(), rtol=1e-12, atol=1e-14)
+        assert log_pi_hat.isfinite().all() and (pi_hat[expected == -math.inf] == 0).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
@@ -288,20 +269,17 @@ def watched_loss(chunk):
     return seen
 
 
-def test_no_tensor_of_the_loss_outgrows_its_chunk():
-    assert max(size for _, size in watched_loss(chunk=8)) == 8 * 1000
+def test_memory_and_products_of_the_loss():
+    """No tensor outgrows its chunk. Held-out prompts want no gradient, which is two thirds of the
+    work: without gradients the forward product is the only one."""
 
+    def products(seen):
+        return sum("mm" in str(function) for function, _ in seen)
 
-def test_without_gradients_the_forward_product_is_the_only_one():
-    """Held-out prompts want no gradient, and the gradient is two thirds of the work."""
-
-    def products():
-        return sum("mm" in str(function) for function, _ in watched_loss(chunk=8))
-
-    chunks = 96 // 8
-    assert products() == 3 * chunks
+    chunks, seen = 96 // 8, watched_loss(chunk=8)
+    assert max(size for _, size in seen) == 8 * 1000 and products(seen) == 3 * chunks
     with torch.no_grad():
-        assert products() == chunks
+        assert products(watched_loss(chunk=8)) == chunks
 
 
 # ------------------------------------------------------------------ Tests: the theory, on a tree --
@@ -319,6 +297,12 @@ def tree_policies(vocabulary=3, depth=3, seed=0):
 
 def log_probability(policy, y, start=0):
     return sum(policy[y[:t]][y[t]] for t in range(start, len(y)))
+
+
+def log_responses(seed):
+    """log-probabilities of all whole responses under pi_0, pi_plus and pi_hat, [3, responses]."""
+    policies, leaves = tree_policies(seed=seed)
+    return torch.stack([torch.stack([log_probability(p, y) for y in leaves]) for p in policies])
 
 
 def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
@@ -363,11 +347,8 @@ def test_the_objective_is_the_distance_from_pi_hat_and_largest_there():
     """J(pi) = -beta KL(pi || pi_hat), so lemma 4.1 may always assume J(pi_hat) >= J(pi_theta)."""
     beta = 0.7
     for seed in range(40):
-        policies, leaves = tree_policies(seed=seed)
-        log_0, log_plus, log_hat = (
-            torch.stack([log_probability(p, y) for y in leaves]) for p in policies
-        )
-        noise = torch.randn(3, len(leaves), generator=torch.Generator().manual_seed(seed)).double()
+        log_0, log_plus, log_hat = log_responses(seed)
+        noise = torch.randn(3, len(log_0), generator=torch.Generator().manual_seed(seed)).double()
         sharp = (noise[0] * 30).log_softmax(0)  # all but one response
         for log_theta in (log_0, log_plus, log_hat, sharp, *(log_hat + noise).log_softmax(-1)):
             j = objective(log_theta, log_0, beta * (log_hat - log_0), beta)  # the reward of eq. 6
@@ -379,10 +360,7 @@ def test_the_objective_is_the_distance_from_pi_hat_and_largest_there():
 def test_lemma_4_1_no_mixture_over_whole_responses_is_worse():
     """From pi_theta = pi_0, where training starts, and from anywhere else."""
     for seed in range(40):
-        policies, leaves = tree_policies(seed=seed)
-        log_0, log_plus, log_hat = (
-            torch.stack([log_probability(p, y) for y in leaves]) for p in policies
-        )
+        log_0, log_plus, log_hat = log_responses(seed)
         for log_theta in (log_0, log_plus):
             log_mixtures = [
                 (lam * log_hat.exp() + (1 - lam) * log_theta.exp()).log()
@@ -426,6 +404,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
 @pytest.mark.parametrize(
     "record, expected",
     [
@@ -459,8 +441,7 @@ def assistant(text):
         ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
         ({"prompt": hh("a", "b", "c", "")}, [user("a"), assistant("b"), user("c")]),
         ({"prompt": [user("a"), assistant("b")]}, [user("a")]),
-        ({"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]},
-         [{"role": "system", "content": "s"}, user("a")]),
+        ({"messages": [system("s"), user("a"), assistant("b")]}, [system("s"), user("a")]),
         ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
         ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
         ({"messages": [user("a"), assistant("b"), user(" ")]}, [user("a")]),
@@ -469,7 +450,7 @@ def assistant(text):
         ({"prompt": "a", "chosen": hh("x", "y"), "rejected": hh("x", "z")}, [user("a")]),
         ({"prompt": "   "}, []),
         ({"messages": []}, []),
-        ({"messages": [{"role": "system", "content": "s"}]}, []),
+        ({"messages": [system("s")]}, []),
     ],
 )  # fmt: skip
 def test_prompt_of(record, expected):
@@ -492,6 +473,10 @@ class AnyLength:
         return dialogues
 
 
+def write_records(path, records):
+    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def load(data, chat=AnyLength, limit=10**6):
     return q.load_prompts(data, "train", chat, limit)
 
@@ -512,50 +497,34 @@ def test_files_of_every_kind_together(tmp_path, suffix):
     assert left_out == {"without a prompt": 0, "duplicate": 1}
 
 
-def test_what_yields_no_prompt_is_counted(tmp_path):
-    text = '{"prompt": ""}\n{"prompt": "x"}\n{"chosen": "a", "rejected": "b"}\n{"prompt": "x"}\n'
-    prompts, left_out = load(write(tmp_path / "a.jsonl", text))
-    assert len(prompts) == 1
-    assert left_out == {"without a prompt": 2, "duplicate": 1}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2: cannot be read as JSON"),
-        ("", "no prompt to use"),
-        ("[" * 10**5, "a.jsonl, line 1: cannot be read as JSON"),
-        ('{"prompt": "\\ud800"}\n', "a.jsonl, line 1: a record needs"),
-        ('"prompt"\n', "a.jsonl, line 1: a record needs"),
-        (
-            '{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}\n',
-            "no prompt to use",
-        ),
-        ('{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs 'prompt'"),
-        ("[1, 2]\n", "a.jsonl, line 1: a record needs"),
-        ('{"prompt": 7}\n', "a.jsonl, line 1: a record needs"),
-        ('{"messages": [{"from": "human", "value": "x"}]}\n', "a.jsonl, line 1: a record needs"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "a.jsonl, line 1: a record needs"),
-        ('{"prompt": ""}\n', "no prompt to use"),
-    ],
-)
-def test_bad_data_is_one_line_that_names_its_place(tmp_path, text, message):
-    with pytest.raises(q.UserError) as error:
-        load(write(tmp_path / "a.jsonl", text))
-    assert message in str(error.value) and "\n" not in str(error.value)
+NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'messages', or"
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', "line 2: cannot be read as JSON in UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], "cannot be read"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', f"a.jsonl, line 2: {NO_JSON}"),
+        ("a.jsonl", b"[" * 10**5, f"a.jsonl, line 1: {NO_JSON}"),
+        ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', f"line 2: {NO_JSON} in UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], NO_JSON),
+        ("a.jsonl.gz", b"no gzip", NO_JSON),
         ("a.json", b'{"prompt": "x"}', "a.json: has to be a list"),
-        ("a.json", b"[1", "a.json: cannot be read as JSON"),
+        ("a.json", b"[1", f"a.json: {NO_JSON}"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}\n', NEEDS),
+        ("a.jsonl", b'"prompt"\n', NEEDS),
+        ("a.jsonl", b"[1, 2]\n", NEEDS),
+        ("a.jsonl", b"[]\n", NEEDS),
+        ("a.jsonl", b'{"prompt": 7}\n', NEEDS),
+        ("a.jsonl", b'{"messages": [{"from": "human", "value": "x"}]}\n', NEEDS),
+        ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}\n', NEEDS),
+        ("a.jsonl", b"", "no prompt to use; left out: {}"),
+        ("a.jsonl", b'{"prompt": ""}\n', "no prompt to use; left out: {'without a prompt': 1"),
+        ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}\n',
+         "no prompt to use"),
     ],
 )  # fmt: skip
-def test_broken_files_are_one_line(tmp_path, name, content, message):
+def test_bad_data_is_one_line_that_names_its_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(q.UserError) as error:
         load(str(tmp_path / name))
@@ -731,54 +700,38 @@ def chat_of(tokenizer, template, principle="PRINCIPLE."):
     return q.Chat(tokenizer, principle, "2024-08-27")
 
 
-def test_vicuna_ids_by_hand(tokenizer):
-    chat = chat_of(tokenizer, None)
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    turns = [user("hi"), assistant("hello"), user("how?")]
-    rest = [eos, *encode("USER: how? ASSISTANT:")]
-    first = [bos, *encode(f" {VICUNA_SYSTEM} USER: hi ASSISTANT: hello")]
-    assert chat.ids(turns) == first + rest
-    first = [bos, *encode(f" {VICUNA_SYSTEM} PRINCIPLE. USER: hi ASSISTANT: hello")]
-    assert chat.ids(chat.with_principle(turns)) == first + rest
-    assert chat.ids([user("hi")]) == [bos, *encode(f" {VICUNA_SYSTEM} USER: hi ASSISTANT:")]
-
-
 @pytest.mark.parametrize(
-    "template, plain, shown",
+    "template, plain, shown, own",
     [
-        (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q"),
-        (DEFAULT_SYSTEM, "<system>You are Q.</>", "<system>You are Q. PRINCIPLE.</>"),
-        (EMPTY_SYSTEM, "<system></>", "<system>PRINCIPLE.</>"),
-        (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>"),
-        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\nq"),
-        (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq"),
-        (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q"),
+        (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
+         "<s><|system|>Own. PRINCIPLE.<|user|>q"),
+        (DEFAULT_SYSTEM, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q",
+         "<system>Own. PRINCIPLE.</><user>q"),
+        (EMPTY_SYSTEM, "<system></><user>q", "<system>PRINCIPLE.</><user>q",
+         "<system>Own. PRINCIPLE.</><user>q"),
+        (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>",
+         "<s><user>Own. PRINCIPLE.\n\nq</>"),
+        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\nq", "[user]Own. PRINCIPLE.\nq"),
+        (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
+        (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q", "Own. PRINCIPLE.\n\n<user>q"),
+        (None, f"<s> {VICUNA_SYSTEM} USER: q ", f"<s> {VICUNA_SYSTEM} PRINCIPLE. USER: q ",
+         "<s> Own. PRINCIPLE. USER: q "),
     ],
-)
-def test_place_of_the_principle(tokenizer, template, plain, shown):
+)  # fmt: skip
+def test_place_of_the_principle(tokenizer, template, plain, shown, own):
+    """Also behind a prompt's own system text, which takes the place of the default one."""
     chat = chat_of(tokenizer, template)
     turns = [user("q"), assistant("a"), user("r")]
-    texts = [chat.render(turns), chat.render(chat.with_principle(turns))]
-    assert texts[0].startswith(plain) and texts[1].startswith(shown)
-    assert texts[0].removeprefix(plain) == texts[1].removeprefix(shown) != ""  # they end alike
+    prompts = turns, chat.with_principle(turns)
+    prompts += [system("Own."), *turns], chat.with_principle([system("Own."), *turns])
+    texts = [chat.render(prompt) for prompt in prompts]
+    begin = [plain, shown, own.replace(" PRINCIPLE.", ""), own]
+    for text, start in zip(texts, begin, strict=True):
+        assert text.startswith(start)
+        end = text.removeprefix(start)
+        assert end == texts[0].removeprefix(plain) != ""  # They end alike.
     assert chat.ids(turns) == chat.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
-
-
-def test_a_prompts_own_system_text_comes_before_the_principle(tokenizer):
-    turns = [{"role": "system", "content": "Own."}, user("q")]
-    for template in (CHAT_TEMPLATE, DEFAULT_SYSTEM, None):
-        chat = chat_of(tokenizer, template)
-        assert "Own. PRINCIPLE." in chat.render(chat.with_principle(turns))
-        assert "Own." in chat.render(turns) and "You are Q." not in chat.render(turns)
-
-
-def test_a_system_text_without_a_place_opens_the_first_user_turn(tokenizer):
-    turns = [{"role": "system", "content": "Own."}, user("q"), assistant("a"), user("r")]
-    for template in (REFUSES_SYSTEM, IGNORES_SYSTEM):
-        chat = chat_of(tokenizer, template)
-        assert "<user>Own.\n\nq<" in chat.render(turns)
-        assert "<user>Own. PRINCIPLE.\n\nq<" in chat.render(chat.with_principle(turns))
+    assert chat_of(tokenizer, template, None).with_principle(turns) == turns
 
 
 def test_special_tokens_are_not_added_twice(tokenizer):
@@ -804,11 +757,6 @@ def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
     assert roles(positive_model="p", principle="x") == ("m", "p", "x")
 
 
-def test_no_principle_no_difference(tokenizer):
-    chat = chat_of(tokenizer, DEFAULT_SYSTEM, None)
-    assert chat.with_principle([user("q")]) == [user("q")]
-
-
 def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     chat = chat_of(tokenizer, None)
     turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
@@ -819,23 +767,9 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     assert shorten(chat, [turns], last) == ([turns[4:]], {})
     assert "PRINCIPLE." in chat.render(chat.with_principle(turns[4:]))
     assert shorten(chat, [turns], last - 1) == ([[]], {"too long": 1})
-    with_system = [{"role": "system", "content": "Own."}, *turns]
+    with_system = [system("Own."), *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
     assert shorten(chat, [with_system], limit) == ([[with_system[0], turns[4]]], {})
-
-
-def test_prompts_that_are_equal_once_shortened_count_once(tokenizer, tmp_path):
-    turns = [user("x" * 300), assistant("y"), user("last")]
-    text = "".join(json.dumps({"messages": m}) + "\n" for m in (turns, turns[2:]))
-    data = write(tmp_path / "a.jsonl", text)
-    prompts, left_out = load(data, chat_of(tokenizer, CHAT_TEMPLATE), 100)
-    assert prompts == [[user("last")]] and left_out["duplicate"] == 1
-
-
-def test_too_long_is_counted(tokenizer, tmp_path):
-    data = write(tmp_path / "a.jsonl", f'{{"prompt": "{"x" * 300}"}}\n{{"prompt": "short"}}\n')
-    prompts, left_out = load(data, chat_of(tokenizer, CHAT_TEMPLATE), 100)
-    assert prompts == [[user("short")]] and left_out["too long"] == 1
 
 
 # Templates in the manner of those that are in use: what each does that others do not.
@@ -928,10 +862,6 @@ IN_THE_MANNER_OF = {  # template, end of what it renders, whether it shows later
         False,
     ),
 }
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 DIALOGUES = [
@@ -1043,12 +973,13 @@ def test_prompts_that_are_left_out_are_counted_by_their_reason(tokenizer, tmp_pa
     refuses += "{% endfor %}"
     records = [{"prompt": x} for x in ("yes", "no", "", "yes", "x" * 300)]
     records.append({"messages": [user("no"), assistant("but"), user("yes")]})  # refused as a whole
+    records.append({"messages": [user("x" * 300), assistant("y"), user("yes")]})  # equal, shortened
     records.append({"chosen": "a reply", "rejected": "a reply"})  # plain texts share no prompt
-    data = write(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    data = write_records(tmp_path / "a.jsonl", records)
     prompts, left_out = load(data, chat_of(tokenizer, refuses + CHAT_TEMPLATE), 100)
     assert prompts == [[user("yes")]]
     reason = "refused: the chat template of --model fails (TemplateError: rude)"
-    assert left_out == {"without a prompt": 2, "duplicate": 1, "too long": 1, reason: 2}
+    assert left_out == {"without a prompt": 2, "duplicate": 2, "too long": 1, reason: 2}
 
 
 @pytest.fixture(scope="session")
@@ -1145,8 +1076,9 @@ def test_a_principle_from_a_file_and_what_cannot_be_read(tmp_path):
         with pytest.raises(q.UserError, match=f"{place}.*{message}") as error:
             q.Config("m", **options)
         assert "\n" not in str(error.value)
-    with pytest.raises(q.UserError, match="--principle is empty"):
-        q.Config("m", principle=f"@{write(tmp_path / 'empty', ' ')}")
+    for empty in ("", " \n", f"@{write(tmp_path / 'empty', ' ')}"):
+        with pytest.raises(q.UserError, match="--principle is empty"):
+            q.Config("m", principle=empty)
 
 
 # --------------------------------------------------------- Tests: batches, labels, micro-batches --
@@ -1187,16 +1119,6 @@ def test_the_positions_that_predict_the_response_are_taken():
     assert ids.shape == (1, 1) and rows.shape == (0,)
 
 
-def test_padding_changes_nothing():
-    model, samples = small_llama(0), some_samples()
-    contexts, responses = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
-    with torch.no_grad():
-        states = q.final_states(model.model, list(zip(contexts, responses, strict=True)))
-        expected = [oracle_logits(model, c, r) for c, r in zip(contexts, responses, strict=True)]
-    z = q.logits(states, model.lm_head.weight, None)
-    torch.testing.assert_close(z, torch.cat(expected))
-
-
 @pytest.mark.parametrize("two_models", [False, True])
 @pytest.mark.parametrize("plausibility", [0.0, 0.2])
 def test_labels_equal_the_oracle(two_models, plausibility):
@@ -1217,43 +1139,30 @@ def test_labels_equal_the_oracle(two_models, plausibility):
     assert superior([])(slice(0, 3)).shape == (0, 64)  # a rank without samples
 
 
-def test_prompt_tokens_are_no_labels():
-    """Only the hidden states that predict response tokens get a gradient."""
-    model, samples = small_llama(0), some_samples()
-    caught = []
-    model.model.norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
-    policy = q.Policy(model, checkpointing=False)
-    loss, *_ = policy(samples, some_labels(samples))
-    loss.backward()
-    _, rows = caught_inputs([s.prompt_ids for s in samples], [s.response_ids for s in samples])
-    touched = caught[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
-    assert touched.tolist() == rows.tolist()
-
-
 def some_labels(samples):
     log_pi_hat = some_logits(sum(len(s.response_ids) for s in samples), 64).log_softmax(-1)
     return lambda rows: log_pi_hat[rows]
 
 
-def test_the_policy_sums_its_distance_to_what_the_sampler_said():
-    model, samples = small_llama(0), some_samples()
-    with torch.no_grad():
-        *_, gap = q.Policy(model, checkpointing=False)(samples, some_labels(samples))
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_policy_on_its_way_forth_and_back(checkpointing):
+    """It sums its distance to what the sampler said. On the way back layers run again only with
+    checkpointing, and the states that predict response tokens alone get a gradient."""
+    model, samples, calls, gradients = small_llama(0), some_samples(), [], []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model.model.norm.register_full_backward_hook(lambda m, i, o: gradients.append(o[0]))
+    loss, _, gap = q.Policy(model, checkpointing)(samples, some_labels(samples))
     expected = 0.0
     for s in samples:
         z = oracle_logits(small_llama(0), s.prompt_ids, s.response_ids)
         log_pi_theta = oracle_log_probs(z, s.response_ids)
         expected += (log_pi_theta - torch.tensor(s.log_probs)).abs().sum().item()
     assert gap.item() == pytest.approx(expected, rel=1e-6) and expected > 1
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_activation_checkpointing_runs_layers_again_on_the_way_back(on):
-    model, samples, calls = small_llama(0), some_samples(), []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    loss, *_ = q.Policy(model, on)(samples, some_labels(samples))
     loss.backward()
-    assert len(calls) == 1 + on
+    assert len(calls) == 1 + checkpointing
+    _, rows = caught_inputs([s.prompt_ids for s in samples], [s.response_ids for s in samples])
+    touched = gradients[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
+    assert touched.tolist() == rows.tolist()
 
 
 @pytest.fixture
@@ -1520,13 +1429,6 @@ def test_numbers_out_of_range(options):
         q.Config("m", **options)
 
 
-@pytest.mark.parametrize("principle", ["", " \n"])
-def test_nothing_to_contrast(principle):
-    with pytest.raises(q.UserError, match="--principle is empty"):
-        q.Config("m", principle=principle)
-    q.Config("m", principle="x", positive_model="m")
-
-
 SIZES = {  # weights, layers, width, vocabulary
     "3B": (3.09e9, 36, 2048, 151936),
     "7B": (6.74e9, 32, 4096, 32000),
@@ -1593,8 +1495,7 @@ def test_many_prompts_are_shortened_as_they_are_one_by_one(tokenizer):
             turns = [
                 roles[n % 2]("x" * rng.randint(1, 60)) for n in range(rng.choice((1, 3, 5, 7)))
             ]
-            system = [{"role": "system", "content": "Own."}]
-            dialogues.append(turns if i % 3 else system + turns)
+            dialogues.append(turns if i % 3 else [system("Own."), *turns])
         for limit in (90, 260, 10**6):
             fitted, left_out = shorten(chat, dialogues, limit)
             one_by_one = [shorten(chat, [turns], limit) for turns in dialogues]
@@ -1815,7 +1716,7 @@ def make_toy(folder):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         change(folder / name / "generation_config.json", do_sample=False)
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    write_records(folder / "data.jsonl", RECORDS)
     config = json.loads((HERE / "ds_config.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     config["gradient_clipping"] = 0.5
@@ -2004,24 +1905,29 @@ def chat_with_vllm(model):
 @processes
 def test_trained_model_loads_in_transformers_and_vllm(run_2):
     """With tokenizer and chat template; greedy tokens of both agree."""
+    from transformers import AutoModelForCausalLM
+
     model = str(run_2[0] / "model")
     lines = Job(1, chat_with_vllm, model).result().stdout.splitlines()
     (line,) = (x for x in lines if x.startswith("TOKENS"))
     prompt, tokens = json.loads(line.removeprefix("TOKENS"))
-    assert tokens == greedy(model, prompt, 20)
+    ids, policy = list(prompt), AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for _ in range(20):
+            ids.append(policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert ids == prompt + tokens
     assert not (run_2[0] / "model.new").exists()
 
 
 @torch.no_grad()
-def greedy(model, prompt, n):
-    from transformers import AutoModelForCausalLM
-
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model)
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-    return ids[len(prompt) :]
+def regret(model, samples):
+    """How far under the model's favourite the sampled tokens are at most, in nats."""
+    gaps = []
+    for s in samples:
+        z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
+        chosen = z.gather(-1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+        gaps.append((z.amax(-1) - chosen).max().item())
+    return max(gaps)
 
 
 @processes
@@ -2054,18 +1960,7 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     assert norm == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     samples = read_jsonl(tmp_path / "samples" / "epoch-002.jsonl")
 
-    @torch.no_grad()
-    def regret(model):
-        """How far under the model's favourite the sampled tokens are at most, in nats."""
-        gaps = []
-        for s in samples:
-            z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
-            chosen = z.gather(-1, torch.tensor(s["response_ids"])[:, None])[:, 0]
-            gaps.append((z.amax(-1) - chosen).max().item())
-        return max(gaps)
-
-    base = AutoModelForCausalLM.from_pretrained(toy / "tied")
-    assert regret(policy) == 0 and regret(base) > 0.3, (regret(policy), regret(base))
+    assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0.3
 
 
 @processes
@@ -2550,10 +2445,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         text = {**json.loads((HERE / "ds_config.json").read_text()), **config}
         return "--ds_config", write(tmp_path / f"{name}.json", json.dumps(text))
 
-    def data(text):
-        name = f"{len(list(tmp_path.glob('data*')))}"
-        return "--data", write(tmp_path / f"data{name}.jsonl", text)
-
     capped = model("capped", final_logit_softcapping=30.0)
     remote = model("remote", model_type="new", auto_map={"AutoConfig": "evil.Evil"})
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -2574,62 +2465,37 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
 
     no_model, stage_3 = "no model folder or hub id that loads", "set ZeRO stage 3"
     no_head = "capped: unsupported, its logits are not the output layer's (final_logit_softcapping)"
-    another = "holds another run, use its settings or another folder: "
-    no_prompt, no_set = "no prompt to use", "owner/no: no such file or hub data set"
-    a_line_needs = "line 1: a record needs 'prompt', 'messages', or"
     cases = [
         ([], "error: the following arguments are required: --model"),
         (["--model", "x", "--foo", 1], "error: unrecognized arguments: --foo 1"),
         (["--model", "x", "--mod", 1], "error: unrecognized arguments: --mod 1"),
-        (
-            ["--model", "x", "--alpha", "much"],
-            "error: argument --alpha: invalid float value: 'much'",
-        ),
+        (["--model", "x", "--alpha", "a"], "error: argument --alpha: invalid float value: 'a'"),
+        (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
+        (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
+        (ours("--principle", "@no.txt"), "cannot be read (FileNotFoundError: [Errno 2] No such"),
         (ours("--data", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
-        (ours("--data", "owner/no"), no_set),
+        (ours("--data", "owner/no"), "owner/no: no such file or hub data set"),
+        (ours("--data", write(tmp_path / "a.jsonl", "[]\n")), "line 1: a record needs 'prompt', "),
+        (ours("--max_prompt_tokens", 5), "no prompt to use; left out: {'without a prompt': 0"),
         (ours("--model", "owner/no"), f"owner/no: {no_model}"),
         (ours("--model", tmp_path / "no"), no_model),
         (ours("--model", model_file), no_model),
         (ours("--model", broken), f"broken: {no_model}"),
         (ours("--model", remote), f"remote: {no_model}"),
-        (ours(*data("")), f"{no_prompt}; left out: {{}}"),
-        (ours(*data('{"prompt": "x"}\n{"x\n')), "line 2: cannot be read as JSON"),
-        (ours(*data("[]\n")), "line 1: a record needs"),
-        (ours(*data('{"text": "x"}\n')), a_line_needs),
-        (ours(*data('{"prompt": "\\n\\nAssistant: x"}\n')), no_prompt),
-        (ours("--max_prompt_tokens", 5), f"{no_prompt}; left out: {{'without a prompt': 0"),
-        (ours("--principle", ""), "--principle is empty"),
-        (
-            ours("--principle", "@no.txt"),
-            "--principle cannot be read (FileNotFoundError: [Errno 2] No such file",
-        ),
-        (
-            ours("--date", "today"),
-            "--date or --principle cannot be read (ValueError: Invalid isoformat",
-        ),
-        (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
         (ours("--positive_model", other), "their vocabularies have to be the same"),
         (ours("--positive_model", capped), no_head),
-        (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
         (ours("--tensor_parallel_size", 3), "size 3: has to divide the number of ranks, 1"),
-        (ours("--epochs", 0), "--epochs 0: has to be from 1"),
         (ours("--max_new_tokens", 5000), "5300, to its 1024 positions"),
         (ours("--ds_config", tmp_path / "no.json"), f"no.json: {stage_3} (FileNotFoundError"),
-        (
-            ours("--ds_config", write(tmp_path / "a.json", "{")),
-            f"a.json: {stage_3} (JSONDecodeError",
-        ),
+        (ours("--ds_config", write(tmp_path / "a.json", "{")), f"a.json: {stage_3} (JSONDecode"),
         (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"b.json: {stage_3} (TypeError"),
         (ours(*ds("c", zero_optimization={"stage": 2})), f"c.json: {stage_3}"),
         (ours(*ds("d", zero_optimization=3)), f"d.json: {stage_3} (TypeError"),
         (ours(*ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
         (ours("--output_dir", model_file), "Not a directory"),
         (ours("--output_dir", model_file / "x"), "Not a directory"),
-        (
-            ran("--alpha", 1.5, "--learning_rate", 1e-4),
-            f"{another}alpha 1.4 there, 1.5 here; learning_rate",
-        ),
-        (ran(*data('{"prompt": "x"}\n')), "data_crc32"),
+        (ran("--alpha", 1.5), "another run, use its settings or another folder: alpha 1.4 there"),
+        (ran("--data", write_records(tmp_path / "b.jsonl", [{"prompt": "x"}])), "data_crc32"),
         (ran(*ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 there, 9.0 here"),
         (ran("--date", "2024-08-28"), "date '2024-08-27' there, '2024-08-28' here"),
     ]
@@ -2746,7 +2612,7 @@ def make_other_model(name, folder):
 def other_runs(tmp_path_factory):
     """A run of every other make, all at the same time."""
     folder, jobs = tmp_path_factory.mktemp("other_runs"), []
-    data = write(folder / "a.jsonl", "".join(json.dumps(r) + "\n" for r in RECORDS[:3]))
+    data = write_records(folder / "a.jsonl", RECORDS[:3])
     for name in list(OTHER_MODELS)[1:]:
         make_other_model(name, folder / name / "base")
         options = {"model": folder / name / "base", "output_dir": folder / name / "out"}
@@ -2774,36 +2640,31 @@ def test_models_of_other_makes_are_sampled_and_trained_right(name, other_runs):
     assert steps[0]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     assert len(steps) == 2 and max(step["sampler_gap"] for step in steps) < 1e-5
 
-    def favourites(model):
-        """The share of the second epoch's tokens that are the model's favourites."""
-        hits = []
-        for s in read_jsonl(out / "samples" / "epoch-002.jsonl"):
-            with torch.no_grad():
-                z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
-            hits.append(z.argmax(-1) == torch.tensor(s["response_ids"]))
-        return torch.cat(hits).double().mean()
-
     pi_0 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    assert favourites(policy) == 1 and favourites(pi_0) < 1
+    samples = read_jsonl(out / "samples" / "epoch-002.jsonl")
+    assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0
 
 
-def load_in_bfloat16(folder):
+def load_in_bfloat16(*folders):
     q.join_ranks()
-    cfg = q.Config(str(folder))
-    model = q.load_model(cfg.model, cfg, q.deepspeed_config(cfg))
-    frequencies = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
-    print(f"\n{model.get_output_embeddings().weight.dtype}", json.dumps(frequencies))
+    for folder in folders:
+        cfg = q.Config(str(folder))
+        model = q.load_model(cfg.model, cfg, q.deepspeed_config(cfg))
+        frequencies = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
+        print(f"\n{model.get_output_embeddings().weight.dtype}", json.dumps(frequencies))
 
 
 @processes
-@pytest.mark.parametrize("name, kinds", [("Llama", 1), ("Gemma3Text", 2)])
-def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(name, kinds, tmp_path):
+def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(tmp_path):
     """zero.Init makes every float tensor bfloat16, and these are off by radians then."""
     from transformers import AutoModelForCausalLM
 
-    make_other_model(name, tmp_path)
-    lines = Job(1, load_in_bfloat16, tmp_path).result().stdout.splitlines()
-    (line,) = (x for x in lines if x.startswith("torch.bfloat16"))
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).named_buffers()
-    expected = {k: v.tolist() for k, v in expected if "inv_freq" in k}
-    assert json.loads(line.partition(" ")[2]) == expected and len(expected) >= kinds
+    kinds = {"Llama": 1, "Gemma3Text": 2}
+    for name in kinds:
+        make_other_model(name, tmp_path / name)
+    lines = Job(1, load_in_bfloat16, *(tmp_path / name for name in kinds)).result().stdout
+    lines = [line for line in lines.splitlines() if line.startswith("torch.bfloat16")]
+    for line, (name, kind) in zip(lines, kinds.items(), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        expected = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
+        assert json.loads(line.partition(" ")[2]) == expected and len(expected) >= kind
