@@ -662,30 +662,37 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
-REFUSES_SYSTEM = (  # Gemma's manner, alternation included
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
-    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}</>"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+ALTERNATING = (
+    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )
-DEFAULT_SYSTEM = (  # Qwen's manner
-    "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}</>{% else %}"
-    "<system>You are Q.</>{% endif %}{% for m in messages if m.role != 'system' %}"
-    "<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TURNS = "{% for m in turns %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+
+
+def with_system_text(template, default="''"):
+    """A template for `system` and the other `turns`; default is an expression."""
+    return (
+        "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
+        "{% set system = messages[0].content %}{% else %}{% set turns = messages %}"
+        f"{{% set system = {default} %}}{{% endif %}}{template}"
+    )
+
+
+DEFAULT_SYSTEM = with_system_text(
+    "<system>{{ system }}</>" + TURNS, "'You are Q.'"
+)  # Qwen's manner
 EMPTY_SYSTEM = DEFAULT_SYSTEM.replace("You are Q.", "")  # Llama 3.1's manner
-IN_USER_TURN = (  # Mistral's manner
-    "{% if messages[0].role == 'system' %}{% set s, rest = messages[0].content, messages[1:] %}"
-    "{% else %}{% set s, rest = '', messages %}{% endif %}{% for m in rest %}[{{ m.role }}]"
-    "{{ s + '\n' if loop.first and s else '' }}{{ m.content }}{% endfor %}"
+IGNORES_SYSTEM = with_system_text(TURNS)
+REFUSES_SYSTEM = (  # Gemma's manner
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}" + with_system_text(ALTERNATING + TURNS)
 )
-BARE_SYSTEM = (  # nothing before it, and none by default
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% else %}"
-    "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+FIRST_USER_TURN = "{{ system + '\n\n' if loop.first and system else '' }}{{ m.content }}"
+IN_USER_TURN = with_system_text(  # Mistral's manner
+    f"{{% for m in turns %}}[{{{{ m.role }}}}]{FIRST_USER_TURN}{{% endfor %}}"
 )
-IGNORES_SYSTEM = (
-    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+BARE_SYSTEM = with_system_text(  # nothing before it, and none by default
+    "{{ system + '\n\n' if system else '' }}" + TURNS
 )
 
 
@@ -711,7 +718,7 @@ def chat_of(tokenizer, template, principle="PRINCIPLE."):
          "<system>Own. PRINCIPLE.</><user>q"),
         (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>",
          "<s><user>Own. PRINCIPLE.\n\nq</>"),
-        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\nq", "[user]Own. PRINCIPLE.\nq"),
+        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\n\nq", "[user]Own. PRINCIPLE.\n\nq"),
         (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
         (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q", "Own. PRINCIPLE.\n\n<user>q"),
         (None, f"<s> {VICUNA_SYSTEM} USER: q ", f"<s> {VICUNA_SYSTEM} PRINCIPLE. USER: q ",
@@ -732,18 +739,6 @@ def test_place_of_the_principle(tokenizer, template, plain, shown, own):
         assert end == texts[0].removeprefix(plain) != ""  # They end alike.
     assert chat.ids(turns) == chat.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
     assert chat_of(tokenizer, template, None).with_principle(turns) == turns
-
-
-def test_special_tokens_are_not_added_twice(tokenizer):
-    """As Llama's tokenizer would, which puts <s> before whatever it encodes."""
-    from tokenizers import processors
-
-    chat = chat_of(tokenizer, CHAT_TEMPLATE)
-    chat.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    assert chat.tokenizer("x")["input_ids"][0] == 0  # it does
-    assert chat.ids([user("q")]).count(0) == 1
 
 
 def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
@@ -773,30 +768,13 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
 
 
 # Templates in the manner of those that are in use: what each does that others do not.
-ALTERNATING = (
-    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
-)
-TURNS = "{% for m in turns %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
 TODAY = "strftime_now('%d %b %Y')"
-
-
-def with_system_text(template, default="''"):
-    """A template for `system` and the other `turns`; default is an expression."""
-    return (
-        "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
-        "{% set system = messages[0].content %}{% else %}{% set turns = messages %}"
-        f"{{% set system = {default} %}}{{% endif %}}{template}"
-    )
-
-
-IN_THE_MANNER_OF = {  # template, end of what it renders, whether it shows later system turns
+IN_THE_MANNER_OF = {  # template, end of what it renders
     "Llama 3.2": (
         with_system_text(
             "{{ bos_token }}<system>Today Date: {{ " + TODAY + " }}\n\n{{ system|trim }}</>" + TURNS
         ),
         "</><assistant>",
-        True,
     ),
     "Mistral v3 and Nemo": (  # the system text in the last user turn
         with_system_text(
@@ -805,61 +783,51 @@ IN_THE_MANNER_OF = {  # template, end of what it renders, whether it shows later
             "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
         ),
         "[/INST]",
-        False,
     ),
-    "Gemma 2": (REFUSES_SYSTEM, "</><assistant>", False),
+    "Gemma 2": (REFUSES_SYSTEM, "</><assistant>"),
     "Gemma 3": (
         with_system_text(
             ALTERNATING + "{{ bos_token }}{% for m in turns %}<{{ m.role }}>"
-            "{{ system + '\n\n' if loop.first and system else '' }}{{ m.content }}</>"
-            "{% endfor %}<model>"
+            f"{FIRST_USER_TURN}</>{{% endfor %}}<model>"
         ),
         "</><model>",
-        False,
     ),
     "Kimi K2": (  # white space only behind the default
-        "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
-        "<system>You are Q.</>\n  {% endif %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-        "<assistant>",
+        "{% if messages[0].role != 'system' %}<system>You are Q.</>\n  {% endif %}"
+        "{% set turns = messages %}" + TURNS,
         "</><assistant>",
-        True,
     ),
     "Granite 3.3": (
         with_system_text(
             "<system>{{ system }}</>\n" + TURNS, '"It is " + ' + TODAY + ' + ". You are Q."'
         ),
         "</><assistant>",
-        True,
     ),
     "SmolLM3": (
-        "<system>Today Date: {{ " + TODAY + " }}\n{{ messages[0].content.replace('/think', '') + "
-        "'\n' if messages[0].role == 'system' else 'You are Q.\n' }}</>{% for m in messages "
-        "if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>",
+        with_system_text(
+            "<system>Today Date: {{ "
+            + TODAY
+            + " }}\n{{ system.replace('/think', '') }}\n</>"
+            + TURNS,
+            "'You are Q.'",
+        ),
         "</><assistant>",
-        False,
     ),
     "Qwen 3": (  # no default, and past thoughts are dropped
         "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</>\n"
         "{% endfor %}<assistant>",
         "</>\n<assistant>",
-        True,
     ),
-    "DeepSeek R1": (  # of several system turns the last
-        "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
-        "{% set ns.system = m.content %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in "
-        "messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "DeepSeek R1": (
+        with_system_text("{{ bos_token }}{{ system }}" + TURNS + "<think>"),
         "<assistant><think>",
-        "<assistant><think>",
-        False,
     ),
     "gpt-oss": (  # a system message of its own, before the one for other texts
         with_system_text(
             "<system>It is {{ " + TODAY + " }}.</>{% if system %}<developer>{{ system }}</>"
-            "{% endif %}{% for m in turns if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</>"
-            "{% endfor %}<assistant>"
+            "{% endif %}" + TURNS
         ),
         "</><assistant>",
-        False,
     ),
 }
 
@@ -876,7 +844,7 @@ DIALOGUES = [
 
 @pytest.mark.parametrize("name", IN_THE_MANNER_OF)
 def test_contexts_in_the_manner_of(name, tokenizer, capsys):
-    template, end, *_ = IN_THE_MANNER_OF[name]
+    template, end = IN_THE_MANNER_OF[name]
     chat = chat_of(tokenizer, template)
     assert capsys.readouterr().out == ""  # no warning
     for turns in DIALOGUES:
@@ -1374,15 +1342,6 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
         a_run(tmp_path, 2, monkeypatch)
 
 
-def test_one_job_at_a_time_in_a_folder(tmp_path, one_rank):
-    cfg = q.Config("m", output_dir=str(tmp_path))
-    first = q.Run(cfg, {}, [])
-    with pytest.raises(q.UserError, match="another job is running in it"):
-        q.Run(cfg, {}, [])
-    os.close(first.lock)
-    os.close(q.Run(cfg, {}, []).lock)
-
-
 def test_secrets_of_monitors_are_not_written(tmp_path, one_rank):
     ds_config = {"gradient_clipping": 1.0, "comet": {"api_key": "SECRET"}}
     os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), ds_config, []).lock)
@@ -1411,22 +1370,22 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "options",
+    "name, values",
     [
-        *({"alpha": x} for x in (-0.1, math.nan, math.inf)),
-        *({"temperature": x} for x in (-1, math.nan)),
-        *({"plausibility": x} for x in (-0.1, 1.1)),
-        *({"learning_rate": x} for x in (-1e-6, 2, math.nan)),
-        *({name: 0} for name in ("epochs", "samples_per_epoch", "batch_size", "save_every")),
-        *({name: 0} for name in ("max_new_tokens", "max_prompt_tokens", "micro_batch_tokens")),
-        {"gpu_memory_utilization": 1.5},
-        {"seed": -1},
+        ("alpha", (-0.1, math.nan, math.inf)),
+        ("temperature", (-1, math.nan)),
+        ("plausibility", (-0.1, 1.1)),
+        ("learning_rate", (-1e-6, 2, math.nan)),
+        ("gpu_memory_utilization", (1.5,)),
+        ("seed", (-1,)),
+        *((name, (0,)) for name in ("epochs", "samples_per_epoch", "batch_size", "save_every")),
+        *((name, (0,)) for name in ("max_new_tokens", "max_prompt_tokens", "micro_batch_tokens")),
     ],
 )
-def test_numbers_out_of_range(options):
-    ((name, value),) = options.items()
-    with pytest.raises(q.UserError, match=f"^--{name} {value}: has to be from "):
-        q.Config("m", **options)
+def test_numbers_out_of_range(name, values):
+    for value in values:
+        with pytest.raises(q.UserError, match=f"^--{name} {value}: has to be from "):
+            q.Config("m", **{name: value})
 
 
 SIZES = {  # weights, layers, width, vocabulary
@@ -2069,20 +2028,6 @@ def test_a_run_that_was_stopped_and_started_again_ends_like_one_that_was_not(sto
     assert state == {"done.json", "epoch-002"}  # none but the last
 
 
-@processes
-def test_a_run_goes_on_with_as_many_ranks_alone(toy, run_2):
-    result = start(toy, run_2[0], 1, *TRAINING).result(check=False)
-    assert result.returncode == 2 and "ranks 2 there, 1 here" in result.stdout
-
-
-def script_of(tmp_path, text):
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport inverse_q as q\n{text}"
-    )
-    return path
-
-
 # The other rank waits in a collective, and may only fail after it.
 ERROR_OF_ONE_RANK = """
 def sampler(cfg, chat):
@@ -2494,6 +2439,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours(*ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
         (ours("--output_dir", model_file), "Not a directory"),
         (ours("--output_dir", model_file / "x"), "Not a directory"),
+        (ran("--epochs", 3), "another folder: ranks 2 there, 1 here"),
         (ran("--alpha", 1.5), "another run, use its settings or another folder: alpha 1.4 there"),
         (ran("--data", write_records(tmp_path / "b.jsonl", [{"prompt": "x"}])), "data_crc32"),
         (ran(*ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 there, 9.0 here"),
@@ -2545,12 +2491,9 @@ def test_weights_come_through_the_safe_loader_alone(toy, tmp_path):
 def test_help_names_every_option_and_its_source():
     said = " ".join(Job(1, run_main, ["--help"]).result().stdout.split())
     for field in dataclasses.fields(q.Config):
-        assert f"--{field.name}" in said and field.metadata["help"] in said, field.name
-    # Every number has a source: a place in the paper, or our choice.
-    for field in dataclasses.fields(q.Config):
-        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
-            text = field.metadata["help"]
-            assert any(x in text for x in ("sec. ", "app. ", "our choice", "ours")), field.name
+        text = field.metadata["help"]
+        assert f"--{field.name}" in said and text in said, field.name
+        assert re.search("sec. |app. |our choice", text), field.name
     readme = (HERE / "README.md").read_text()
     for name in re.findall(r"^\| `--(\w+)` \|", readme, re.MULTILINE):
         assert f"--{name}" in said, f"README: --{name}"
