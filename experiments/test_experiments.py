@@ -125,24 +125,21 @@ def test_elo_by_hand_and_in_the_limit():
     assert ours[10] - ours[0] > 0.5 * (ours[-1] - ours[0])
 
 
-def test_verdicts_count_alike_whichever_model_is_a():
+def test_verdicts_count_alike_whichever_model_is_a_and_in_any_order():
     games = [verdict("a")] * 3 + [{"a": "x", "b": "ours", "winner": "a"}] + [verdict("tie", "y")]
     pairs = evaluate.win_rates(games)
     assert [(p["a"], p["b"], p["win"], p["tie"], p["lose"]) for p in pairs] == [
         ("ours", "x", 3, 0, 1),
         ("ours", "y", 0, 1, 0),
     ]
+    more = [verdict("a", "x")] * 30 + [verdict("b", "y")] * 30 + [verdict("a", "y")] * 10
+    (forwards, _), (backwards, _) = evaluate.elo(more), evaluate.elo(more[::-1])
+    for name in forwards:
+        assert forwards[name]["elo"] == pytest.approx(backwards[name]["elo"], abs=1)
     composite = evaluate.composite(games)
     counts = {name: (row["win"], row["tie"], row["lose"]) for name, row in composite.items()}
     assert counts == {"ours": (3, 1, 1), "x": (1, 0, 3), "y": (0, 1, 0)}
     assert composite["ours"]["win_rate"] == 0.7
-
-
-def test_elo_does_not_depend_on_the_order_of_the_games():
-    games = [verdict("a", "x")] * 30 + [verdict("b", "y")] * 30 + [verdict("a", "y")] * 10
-    (forwards, _), (backwards, _) = evaluate.elo(games), evaluate.elo(games[::-1])
-    for name in forwards:
-        assert forwards[name]["elo"] == pytest.approx(backwards[name]["elo"], abs=1)
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
@@ -173,10 +170,6 @@ def first_wins(text):
     return "The first.\n[[A]]"
 
 
-def second_wins(text):
-    return "[[B]]"
-
-
 def ours_wins(text):
     _, second = re.findall(r"^by (\S+)$", text, re.MULTILINE)
     return "[[A]] or [[B]]?\n" + ("[[B]]" if second == "ours" else "[[A]]")
@@ -203,22 +196,17 @@ def judged(monkeypatch, tokenizer, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "SECRET")
     monkeypatch.setattr(q, "load_tokenizer", load_tokenizer)
     monkeypatch.setattr(evaluate, "responses", responses)
-    records = []
-    for i in range(80):
-        records.append({"prompt": f"question {i}", "category": "odd" if i % 2 else "even"})
-    tiny_world.write_jsonl(tmp_path / "data.jsonl", records)
 
     def run(reply, against=("x", "x+principle"), n=80, **options):
         Judge.reply = staticmethod(reply)
         Judge.asked.clear()
-        cfg = evaluate.Settings(
-            model="ours",
-            data=str(tmp_path / "data.jsonl"),
-            output_dir=str(tmp_path),
-            principle="P.",
-            dtype="float32",
-            eval_samples=n,
-        )
+        records = []
+        for i in range(n):
+            records.append({"prompt": f"question {i}", "category": "odd" if i % 2 else "even"})
+        tiny_world.write_jsonl(tmp_path / "data.jsonl", records)
+        files = {"data": str(tmp_path / "data.jsonl"), "output_dir": str(tmp_path)}
+        size = {"dtype": "float32", "eval_samples": n}
+        cfg = evaluate.Settings(model="ours", principle="P.", **files, **size)
         url = f"http://127.0.0.1:{server.server_port}/v1"
         options = {"judge_url": url, **options}
         evaluate.evaluate(cfg, evaluate.Evaluation(against=list(against), **options))
@@ -270,7 +258,7 @@ def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
     path = tmp_path / "verdicts.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:15]) + '{"index": 3, "ca')  # killed while it wrote
-    result, asked = judged(second_wins, n=20)
+    result, asked = judged(lambda text: "[[B]]", n=20)
     assert asked == 25
     assert sum(pair["win"] + pair["lose"] for pair in result["pairs"]) == 40
     _, asked = judged(first_wins, n=20)
@@ -308,15 +296,17 @@ def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(
         judged(first_wins, against=["x"])
 
 
-def test_an_evaluation_that_cannot_work_says_so_at_once(judged, monkeypatch):
-    with pytest.raises(q.UserError, match="name at least one model"):
-        judged(first_wins, against=[])
-    with pytest.raises(q.UserError, match="--judge_template no: cannot be read"):
-        judged(first_wins, judge_template="no")
-    with pytest.raises(q.UserError, match="name every model once"):
-        judged(first_wins, against=["x", "ours"])
-    with pytest.raises(q.UserError, match="--no_judge: then name a --reward_model"):
-        judged(first_wins, judge=False)
+def test_an_evaluation_that_cannot_work_says_so_at_once(judged, tokenizer, tmp_path, monkeypatch):
+    save_reward_model(tmp_path / "two", tokenizer, t.CHAT_TEMPLATE, outputs=2)
+    for options, message in (
+        ({"against": []}, "name at least one model"),
+        ({"judge_template": "no"}, "--judge_template no: cannot be read"),
+        ({"against": ["x", "ours"]}, "name every model once"),
+        ({"judge": False}, "--no_judge: then name a --reward_model"),
+        ({"reward_model": str(tmp_path / "two")}, "two: has 2 outputs, a reward model has 1"),
+    ):
+        with pytest.raises(q.UserError, match=message):
+            judged(first_wins, **options)
     with monkeypatch.context() as m:
         m.delenv("OPENAI_API_KEY")
         with pytest.raises(q.UserError, match="OPENAI_API_KEY is not set"):
@@ -411,7 +401,7 @@ def test_rewards_are_the_scores_of_the_reward_model(
     scores = {}
     for name in ("ours", "x", "x+principle"):
         scores[name] = []
-        for i in range(80):
+        for i in range(20):
             if chat_template:
                 turns = [t.user(f"question {i}"), t.assistant(f"by {name}")]
                 text = own.apply_chat_template(turns, tokenize=False)
@@ -420,7 +410,7 @@ def test_rewards_are_the_scores_of_the_reward_model(
                 ids = own(f"\n\nHuman: question {i}\n\nAssistant: by {name}")["input_ids"]
             scores[name].append(model(input_ids=torch.tensor([ids])).logits.item())
 
-    result, _ = judged(first_wins, reward_model=str(tmp_path / "reward"))
+    result, _ = judged(first_wins, n=20, reward_model=str(tmp_path / "reward"))
     first = torch.tensor(scores["x"])
     spread = first.std(correction=0)
     for name, values in scores.items():
@@ -504,12 +494,6 @@ def test_figure_6_says_what_it_lacks(finished_run):
         evaluate.evaluate(cfg, evaluate.Evaluation(run=run, reward_model=reward))
 
 
-def test_only_a_model_with_one_output_is_a_reward_model(judged, tokenizer, tmp_path):
-    save_reward_model(tmp_path / "two", tokenizer, t.CHAT_TEMPLATE, outputs=2)
-    with pytest.raises(q.UserError, match="two: has 2 outputs, a reward model has 1"):
-        judged(first_wins, reward_model=str(tmp_path / "two"))
-
-
 # ------------------------------------------------------------------------------------- Responses --
 
 
@@ -578,17 +562,11 @@ def test_models_are_compared_end_to_end(judge_server, toy, tmp_path):
     neither again."""
     out = tmp_path / "out"
     template = t.write(tmp_path / "template.txt", "{conversation} {first} {second} [[A]]?")
-    options = t.settings(
-        toy,
-        out,
-        *("--against", toy / "b", f"{toy / 'a'}+principle"),
-        *("--eval_samples", 3),
-        *("--judge_template", template),
-        *("--judge_url", f"http://127.0.0.1:{judge_server}/v1"),
-        *("--judge_model", toy / "b"),
-    )
+    words = ["--against", toy / "b", f"{toy / 'a'}+principle", "--eval_samples", 3]
+    words += ["--judge_template", template, "--judge_model", toy / "b"]
+    words += ["--judge_url", f"http://127.0.0.1:{judge_server}/v1"]
     for expected in (3, 0):
-        said = t.Job(1, compare, options).result().stdout
+        said = t.Job(1, compare, t.settings(toy, out, *words)).result().stdout
         assert said.count("responds to 3 prompts") == expected
         assert len(t.read_jsonl(out / "verdicts.jsonl")) == 6
     result = json.loads((out / "evaluation.json").read_text())
@@ -631,13 +609,8 @@ def credit_page(toy, tmp_path_factory):
         {"prompt": "How do I paint the shelf?"},  # and another one
     ]
     tiny_world.write_jsonl(out / "data.jsonl", records)
-    options = t.settings(
-        toy,
-        out,
-        *("--data", out / "data.jsonl"),
-        *("--positive_model", toy / "b"),
-        *("--alpha", 1.7),
-    )
+    words = ["--data", out / "data.jsonl", "--positive_model", toy / "b", "--alpha", 1.7]
+    options = t.settings(toy, out, *words)
     return records[:4], out, options, start("credit", *options, "--samples", 9)
 
 
@@ -888,27 +861,21 @@ def test_the_parts_of_the_benchmark_run_in_processes_and_the_fused_loss_takes_li
         (["credit"], "credit.py: error: the following arguments are required: --model"),
         (["plot", "none"], "plot.py: none: no run to draw"),
         (["plot", "none", "--output", "x.doc"], "plot.py: --output x.doc: has to end in .svg"),
+        *((words, None) for words in (["tiny_world"], ["tiny_world", "make"])),
+        *(([name, "a", "b"], None) for name in ("bench", "ablations")),
     ],
 )
-def test_user_errors_are_one_line_and_code_2(words, message, tmp_path):
-    if words[0] != "plot":
+def test_user_errors_are_one_line_or_the_usage_and_code_2(words, message, tmp_path):
+    name = words[0]
+    if name in ("evaluate", "credit"):
         words = [*words, "--output_dir", tmp_path]
     run = start(*words).result(check=False)
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    (line,) = (run.stdout + run.stderr).splitlines()
-    assert line.startswith(message)
-
-
-@t.processes
-def test_a_word_too_many_or_too_few_shows_the_usage():
-    for words in (
-        ["tiny_world"],
-        ["tiny_world", "make"],
-        ["bench", "a", "b"],
-        ["ablations", "a", "b"],
-    ):
-        run = start(*words).result(check=False)
-        assert run.returncode == 2 and f"python -m experiments.{words[0]}" in run.stdout
+    if message:
+        (line,) = (run.stdout + run.stderr).splitlines()
+        assert line.startswith(message)
+    else:
+        assert f"python -m experiments.{name}" in run.stdout
 
 
 def test_the_readme_names_every_option():
@@ -1019,16 +986,9 @@ def test_the_ablations_run_without_deepspeed_and_vllm(tmp_path):
 
 def small_batch():
     """A policy and its teacher in float64, prompts without and with the principle, responses."""
-    samples = t.some_samples(3)
-    x = [sample.prompt_ids for sample in samples]
-    x_plus = [sample.principle_prompt_ids for sample in samples]
-    return (
-        t.small_llama(0).double(),
-        t.small_llama(1).double(),
-        x,
-        x_plus,
-        [s.response_ids for s in samples],
-    )
+    keys = "prompt_ids", "principle_prompt_ids", "response_ids"
+    x, x_plus, y = ([vars(sample)[key] for sample in t.some_samples(3)] for key in keys)
+    return t.small_llama(0), t.small_llama(1), x, x_plus, y
 
 
 @pytest.mark.parametrize(
