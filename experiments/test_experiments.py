@@ -184,6 +184,8 @@ def ours_loses(text):
 def judged(monkeypatch, tokenizer, tmp_path):
     """evaluate() on n prompts, with a scripted judge and responses that are made up. Returns
     evaluation.json and how often the judge was asked."""
+    # The judge is asked from many threads, and a connection that finds the queue full waits 1 s.
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 99)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
