@@ -82,24 +82,19 @@ def make_tokenizer():
     )
 
 
+SMALL = {
+    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+
+
 def make_llama(seed=0, **changes):
     """A Llama with random weights that goes with make_tokenizer(); changes go to its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {
-        "vocab_size": 261,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": False, **changes}))
 
 
 # --------------------------------------------------------------------------------------- Oracles --
@@ -408,35 +403,32 @@ def system(text):
     return {"role": "system", "content": text}
 
 
+def pair(chosen, rejected):
+    """A record of two whole dialogues, each a list of turns."""
+    return {"chosen": hh(*chosen), "rejected": hh(*rejected)}
+
+
+ROLES_IN_A_ROW = (
+    "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: "
+)
+
+
 @pytest.mark.parametrize(
     "record, expected",
     [
-        ({"chosen": hh("a", "good"), "rejected": hh("a", "bad")}, [user("a")]),
+        (pair(["a", "good"], ["a", "bad"]), [user("a")]),
         # final replies that share their first characters: no part of the prompt
-        ({"chosen": hh("a", "I am well"), "rejected": hh("a", "I am ill")}, [user("a")]),
-        (
-            {"chosen": hh("a", "b", "c", "d"), "rejected": hh("a", "b", "c", "e")},
-            [user("a"), assistant("b"), user("c")],
-        ),
+        (pair(["a", "I am well"], ["a", "I am ill"]), [user("a")]),
+        (pair("abcd", "abce"), [user("a"), assistant("b"), user("c")]),
         # they part before the last turn: cut back to the last shared human turn
-        ({"chosen": hh("a", "b", "c", "d"), "rejected": hh("a", "x", "c", "e")}, [user("a")]),
-        ({"chosen": hh("a", "b", "c"), "rejected": hh("a", "b", "z")}, [user("a")]),
-        ({"chosen": hh("a", "b"), "rejected": hh("a", "")}, [user("a")]),  # an empty reply
-        ({"chosen": hh("a", "b"), "rejected": hh("z", "b")}, []),  # nothing shared
-        (  # two equal roles in a row
-            {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c",
-             "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: d"},
-            [user("a\n\nb")],
-        ),
-        (
-            {key: f"\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant: {key}"
-             for key in ("chosen", "rejected")},
-            [user("a"), assistant("b\n\nc"), user("d")],
-        ),
-        ({"chosen": hh(*"ab" * 18), "rejected": hh(*"ab" * 17, "a", "c")},
-         [user("a"), assistant("b")] * 17 + [user("a")]),  # 36 turns
-        ({"chosen": hh("Say \n\nplease", "b"), "rejected": hh("Say \n\nplease", "c")},
-         [user("Say \n\nplease")]),
+        (pair("abcd", "axce"), [user("a")]),
+        (pair("abc", "abz"), [user("a")]),
+        (pair("ab", ["a", ""]), [user("a")]),  # an empty reply
+        (pair("ab", "zb"), []),  # nothing shared
+        ({"chosen": f"{ROLES_IN_A_ROW}x", "rejected": f"{ROLES_IN_A_ROW}y"},
+         [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
+        (pair("ab" * 18, "ab" * 17 + "ac"), [user("a"), assistant("b")] * 17 + [user("a")]),
+        (pair(["Say \n\nplease", "b"], ["Say \n\nplease", "c"]), [user("Say \n\nplease")]),
         ({"prompt": "  plain text "}, [user("plain text")]),
         ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
         ({"prompt": hh("a", "b", "c", "")}, [user("a"), assistant("b"), user("c")]),
@@ -447,7 +439,7 @@ def system(text):
         ({"messages": [user("a"), assistant("b"), user(" ")]}, [user("a")]),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
          [user("a")]),
-        ({"prompt": "a", "chosen": hh("x", "y"), "rejected": hh("x", "z")}, [user("a")]),
+        ({"prompt": "a", **pair("xy", "xz")}, [user("a")]),
         ({"prompt": "   "}, []),
         ({"messages": []}, []),
         ({"messages": [system("s")]}, []),
@@ -1647,11 +1639,13 @@ RECORDS = [
     {"prompt": hh("I want to sell a boat.", "Ask a friend, or put up a sign.", "Which?", "")},
     {"messages": [user("Please help me fix my bike, my lamp, my chair and my clock.")]},
     {"messages": [user("Hi"), assistant("Gladly!"), user("How do I weigh it?"), assistant("-")]},
-    {"chosen": hh("What is a drum?", "A thing."), "rejected": hh("What is a drum?", "Ugh.")},
-    {
-        "chosen": hh("Move it", "To move it, take soap.", "Why soap?", "It is slippery."),
-        "rejected": hh("Move it", "To move it, take soap.", "Why soap?", "Go away."),
-    },
+    pair(["What is a drum?", "A thing."], ["What is a drum?", "Ugh."]),
+    pair(
+        *(
+            ["Move it", "To move it, take soap.", "Why soap?", x]
+            for x in ("It is slippery.", "Go away.")
+        )
+    ),
     {"prompt": "Pack the tent, the kettle and the canoe. " * 4},
 ]
 
@@ -1813,18 +1807,15 @@ def test_what_a_run_writes_and_says(toy, run_2):
     epochs = metrics(out, "epoch")
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
     chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE, config["date"])
-    expected = (
-        "kind epoch loss kl sampler_gap_first sampler_gap_last response_tokens_mean truncated"
-    )
-    expected += " sync_seconds sample_seconds train_seconds peak_memory_gib"
-    assert list(epochs[0]) == expected.split()
-    expected = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
-    assert list(metrics(out, "step")[0]) == expected.split()
-    expected = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
-    expected += " finish_reason"
+    keys = "kind epoch loss kl sampler_gap_first sampler_gap_last response_tokens_mean truncated"
+    keys += " sync_seconds sample_seconds train_seconds peak_memory_gib"
+    assert " ".join(epochs[0]) == keys
+    keys = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
+    assert " ".join(metrics(out, "step")[0]) == keys
+    keys = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
     for epoch in (1, 2):
         samples = read_jsonl(out / "samples" / f"epoch-00{epoch}.jsonl")
-        assert list(samples[0]) == expected.split()
+        assert " ".join(samples[0]) == f"{keys} finish_reason"
         assert [s["index"] for s in samples] == list(range(7))
         for s in samples:
             ended = s["response_ids"][-1] == 1  # EOS is a label where the model ended it itself
@@ -2004,11 +1995,11 @@ def stopped(toy, tmp_path_factory):
     job = run_to(done, 0.0, Launched(command(2, *settings(toy, out, *TRAINING))))
     job.group(signal.SIGSTOP)
     second = start(toy, out, 2, *TRAINING).result(check=False)
-    assert second.returncode == 2 and "another job is running in it" in second.stdout
     family = job.family()
     job.group(signal.SIGCONT)
     job.group(signal.SIGINT)
     job.assert_gone(family)
+    assert second.returncode == 2 and "another job is running in it" in second.stdout
     assert job.stdout.count("The same command goes on") == 1, job.stdout[-3000:]
     assert json.loads(done.read_text()) == {"epoch": 1}
 
@@ -2515,11 +2506,6 @@ def test_the_core_needs_torch_alone():
     )
 
 
-SMALL = {
-    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.1,
-}  # fmt: skip
 OTHER_MODELS = {
     "Llama": {},
     # Tied embeddings, and two kinds of rotary embedding.
@@ -2542,7 +2528,9 @@ def make_other_model(name, folder):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL, **OTHER_MODELS[name])
+    config = getattr(transformers, f"{name}Config")(
+        **SMALL, initializer_range=0.1, **OTHER_MODELS[name]
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):  # They are 0.
