@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -80,24 +81,19 @@ def make_tokenizer():
     )
 
 
+SMALL = {
+    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+
+
 def make_llama(seed=0, **changes):
     """A Llama with random weights that goes with make_tokenizer(); changes go to its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {
-        "vocab_size": 261,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": False, **changes}))
 
 
 # --------------------------------------------------------------------------------------- Oracles --
@@ -184,34 +180,15 @@ def some_logits(t=6, v=11, seed=0, scale=3.0):
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0, 1.4, 5.0])
 @pytest.mark.parametrize("plausibility", [0.0, 0.1, 0.9])
 def test_superior_policy_is_the_definition(alpha, plausibility):
+    """Of logits and of log-probabilities. What is implausible gets nothing, and a finite log."""
     z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    log_pi_hat = q.superior_policy(z_0, z_plus, alpha, plausibility)
     expected = oracle_log_pi_hat(z_0, z_plus, alpha, plausibility)
-    torch.testing.assert_close(log_pi_hat.exp(), expected.exp(), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(log_pi_hat.exp().sum(-1), torch.ones(6).double())
-
-
-def test_alpha_0_is_pi_0_and_alpha_1_is_pi_plus():
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    torch.testing.assert_close(q.superior_policy(z_0, z_plus, 0.0), z_0.log_softmax(-1))
-    torch.testing.assert_close(q.superior_policy(z_0, z_plus, 1.0), z_plus.log_softmax(-1))
-
-
-def test_superior_policy_takes_logits_and_log_probabilities_alike():
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    a = q.superior_policy(z_0, z_plus, 1.7, 0.05)
-    b = q.superior_policy(z_0.log_softmax(-1), z_plus.log_softmax(-1), 1.7, 0.05)
-    torch.testing.assert_close(a, b)
-
-
-def test_plausibility_gives_implausible_tokens_nothing_and_keeps_the_others_in_proportion():
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
-    pi_plus = z_plus.softmax(-1)
-    implausible = pi_plus < 0.2 * pi_plus.amax(-1, keepdim=True)
-    free, cut = q.superior_policy(z_0, z_plus, 1.4), q.superior_policy(z_0, z_plus, 1.4, 0.2)
-    assert implausible.any() and (cut.exp()[implausible] == 0).all() and cut.isfinite().all()
-    shift = (cut - free).masked_fill(implausible, torch.nan)
-    assert (shift.nan_to_num(-math.inf).amax(-1) - shift.nan_to_num(math.inf).amin(-1)).max() < 1e-9
+    assert (expected == -math.inf).any() == (plausibility > 0)
+    for a, b in ((z_0, z_plus), (z_0.log_softmax(-1), z_plus.log_softmax(-1))):
+        log_pi_hat = q.superior_policy(a, b, alpha, plausibility)
+        pi_hat = log_pi_hat.exp()
+        torch.testing.assert_close(pi_hat, expected.exp(), rtol=1e-12, atol=1e-14)
+        assert log_pi_hat.isfinite().all() and (pi_hat[expected == -math.inf] == 0).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 6, 100])
@@ -286,20 +263,17 @@ def watched_loss(chunk):
     return seen
 
 
-def test_no_tensor_of_the_loss_outgrows_its_chunk():
-    assert max(size for _, size in watched_loss(chunk=8)) == 8 * 1000
+def test_memory_and_products_of_the_loss():
+    """No tensor outgrows its chunk. Held-out prompts want no gradient, which is two thirds of the
+    work: without gradients the forward product is the only one."""
 
+    def products(seen):
+        return sum("mm" in str(function) for function, _ in seen)
 
-def test_without_gradients_the_forward_product_is_the_only_one():
-    """Held-out prompts want no gradient, and the gradient is two thirds of the work."""
-
-    def products():
-        return sum("mm" in str(function) for function, _ in watched_loss(chunk=8))
-
-    chunks = 96 // 8
-    assert products() == 3 * chunks
+    chunks, seen = 96 // 8, watched_loss(chunk=8)
+    assert max(size for _, size in seen) == 8 * 1000 and products(seen) == 3 * chunks
     with torch.no_grad():
-        assert products() == chunks
+        assert products(watched_loss(chunk=8)) == chunks
 
 
 # ------------------------------------------------------------------ Tests: the theory, on a tree --
@@ -317,6 +291,12 @@ def tree_policies(vocabulary=3, depth=3, seed=0):
 
 def log_probability(policy, y, start=0):
     return sum(policy[y[:t]][y[t]] for t in range(start, len(y)))
+
+
+def log_responses(seed):
+    """log-probabilities of all whole responses under pi_0, pi_plus and pi_hat, [3, responses]."""
+    policies, leaves = tree_policies(seed=seed)
+    return torch.stack([torch.stack([log_probability(p, y) for y in leaves]) for p in policies])
 
 
 def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
@@ -361,11 +341,8 @@ def test_the_objective_is_the_distance_from_pi_hat_and_largest_there():
     """J(pi) = -beta KL(pi || pi_hat), so lemma 4.1 may always assume J(pi_hat) >= J(pi_theta)."""
     beta = 0.7
     for seed in range(40):
-        policies, leaves = tree_policies(seed=seed)
-        log_0, log_plus, log_hat = (
-            torch.stack([log_probability(p, y) for y in leaves]) for p in policies
-        )
-        noise = torch.randn(3, len(leaves), generator=torch.Generator().manual_seed(seed)).double()
+        log_0, log_plus, log_hat = log_responses(seed)
+        noise = torch.randn(3, len(log_0), generator=torch.Generator().manual_seed(seed)).double()
         sharp = (noise[0] * 30).log_softmax(0)  # all but one response
         for log_theta in (log_0, log_plus, log_hat, sharp, *(log_hat + noise).log_softmax(-1)):
             j = objective(log_theta, log_0, beta * (log_hat - log_0), beta)  # the reward of eq. 6
@@ -377,10 +354,7 @@ def test_the_objective_is_the_distance_from_pi_hat_and_largest_there():
 def test_lemma_4_1_no_mixture_over_whole_responses_is_worse():
     """From pi_theta = pi_0, where training starts, and from anywhere else."""
     for seed in range(40):
-        policies, leaves = tree_policies(seed=seed)
-        log_0, log_plus, log_hat = (
-            torch.stack([log_probability(p, y) for y in leaves]) for p in policies
-        )
+        log_0, log_plus, log_hat = log_responses(seed)
         for log_theta in (log_0, log_plus):
             log_mixtures = [
                 (lam * log_hat.exp() + (1 - lam) * log_theta.exp()).log()
@@ -424,50 +398,50 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def pair(chosen, rejected):
+    """A record of two whole dialogues, each a list of turns."""
+    return {"chosen": hh(*chosen), "rejected": hh(*rejected)}
+
+
+ROLES_IN_A_ROW = (
+    "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: "
+)
+
+
 @pytest.mark.parametrize(
     "record, expected",
     [
-        ({"chosen": hh("a", "good"), "rejected": hh("a", "bad")}, [user("a")]),
+        (pair(["a", "good"], ["a", "bad"]), [user("a")]),
         # final replies that share their first characters: no part of the prompt
-        ({"chosen": hh("a", "I am well"), "rejected": hh("a", "I am ill")}, [user("a")]),
-        (
-            {"chosen": hh("a", "b", "c", "d"), "rejected": hh("a", "b", "c", "e")},
-            [user("a"), assistant("b"), user("c")],
-        ),
+        (pair(["a", "I am well"], ["a", "I am ill"]), [user("a")]),
+        (pair("abcd", "abce"), [user("a"), assistant("b"), user("c")]),
         # they part before the last turn: cut back to the last shared human turn
-        ({"chosen": hh("a", "b", "c", "d"), "rejected": hh("a", "x", "c", "e")}, [user("a")]),
-        ({"chosen": hh("a", "b", "c"), "rejected": hh("a", "b", "z")}, [user("a")]),
-        ({"chosen": hh("a", "b"), "rejected": hh("a", "")}, [user("a")]),  # an empty reply
-        ({"chosen": hh("a", "b"), "rejected": hh("z", "b")}, []),  # nothing shared
-        (  # two equal roles in a row
-            {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c",
-             "rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: d"},
-            [user("a\n\nb")],
-        ),
-        (
-            {key: f"\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant: {key}"
-             for key in ("chosen", "rejected")},
-            [user("a"), assistant("b\n\nc"), user("d")],
-        ),
-        ({"chosen": hh(*"ab" * 18), "rejected": hh(*"ab" * 17, "a", "c")},
-         [user("a"), assistant("b")] * 17 + [user("a")]),  # 36 turns
-        ({"chosen": hh("Say \n\nplease", "b"), "rejected": hh("Say \n\nplease", "c")},
-         [user("Say \n\nplease")]),
+        (pair("abcd", "axce"), [user("a")]),
+        (pair("abc", "abz"), [user("a")]),
+        (pair("ab", ["a", ""]), [user("a")]),  # an empty reply
+        (pair("ab", "zb"), []),  # nothing shared
+        ({"chosen": f"{ROLES_IN_A_ROW}x", "rejected": f"{ROLES_IN_A_ROW}y"},
+         [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
+        (pair("ab" * 18, "ab" * 17 + "ac"), [user("a"), assistant("b")] * 17 + [user("a")]),
+        (pair(["Say \n\nplease", "b"], ["Say \n\nplease", "c"]), [user("Say \n\nplease")]),
         ({"prompt": "  plain text "}, [user("plain text")]),
         ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
         ({"prompt": hh("a", "b", "c", "")}, [user("a"), assistant("b"), user("c")]),
         ({"prompt": [user("a"), assistant("b")]}, [user("a")]),
-        ({"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]},
-         [{"role": "system", "content": "s"}, user("a")]),
+        ({"messages": [system("s"), user("a"), assistant("b")]}, [system("s"), user("a")]),
         ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
         ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
         ({"messages": [user("a"), assistant("b"), user(" ")]}, [user("a")]),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
          [user("a")]),
-        ({"prompt": "a", "chosen": hh("x", "y"), "rejected": hh("x", "z")}, [user("a")]),
+        ({"prompt": "a", **pair("xy", "xz")}, [user("a")]),
         ({"prompt": "   "}, []),
         ({"messages": []}, []),
-        ({"messages": [{"role": "system", "content": "s"}]}, []),
+        ({"messages": [system("s")]}, []),
     ],
 )  # fmt: skip
 def test_prompt_of(record, expected):
@@ -489,6 +463,10 @@ class AnyLength:
         return messages
 
 
+def write_records(path, records):
+    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def load(data, chat=AnyLength, limit=10**6, count=10**6, seed=0):
     return q.load_prompts(data, "train", chat, limit, count, seed)
 
@@ -503,50 +481,34 @@ def test_files_of_every_kind_together(tmp_path, suffix):
     assert left_out == {"duplicate": 1}
 
 
-def test_what_yields_no_prompt_is_counted(tmp_path):
-    text = '{"prompt": ""}\n{"prompt": "x"}\n{"chosen": "a", "rejected": "b"}\n{"prompt": "x"}\n'
-    prompts, left_out = load(write(tmp_path / "a.jsonl", text))
-    assert len(prompts) == 1
-    assert left_out == {"without a prompt": 2, "duplicate": 1}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2: cannot be read as JSON"),
-        ("", "no prompt to use"),
-        ("[" * 10**5, "a.jsonl, line 1: cannot be read as JSON"),
-        ('{"prompt": "\\ud800"}\n', "a.jsonl, line 1: a record needs"),
-        ('"prompt"\n', "a.jsonl, line 1: a record needs"),
-        (
-            '{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}\n',
-            "no prompt to use",
-        ),
-        ('{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs 'prompt'"),
-        ("[1, 2]\n", "a.jsonl, line 1: a record needs"),
-        ('{"prompt": 7}\n', "a.jsonl, line 1: a record needs"),
-        ('{"messages": [{"from": "human", "value": "x"}]}\n', "a.jsonl, line 1: a record needs"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "a.jsonl, line 1: a record needs"),
-        ('{"prompt": ""}\n', "no prompt to use"),
-    ],
-)
-def test_bad_data_is_one_line_that_names_its_place(tmp_path, text, message):
-    with pytest.raises(q.UserError) as error:
-        load(write(tmp_path / "a.jsonl", text))
-    assert message in str(error.value) and "\n" not in str(error.value)
+NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'messages', or"
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', "line 2: cannot be read as JSON in UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], "cannot be read"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', f"a.jsonl, line 2: {NO_JSON}"),
+        ("a.jsonl", b"[" * 10**5, f"a.jsonl, line 1: {NO_JSON}"),
+        ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', f"line 2: {NO_JSON} in UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], NO_JSON),
+        ("a.jsonl.gz", b"no gzip", NO_JSON),
         ("a.json", b'{"prompt": "x"}', "a.json: has to be a list"),
-        ("a.json", b"[1", "a.json: cannot be read as JSON"),
+        ("a.json", b"[1", f"a.json: {NO_JSON}"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}\n', NEEDS),
+        ("a.jsonl", b'"prompt"\n', NEEDS),
+        ("a.jsonl", b"[1, 2]\n", NEEDS),
+        ("a.jsonl", b"[]\n", NEEDS),
+        ("a.jsonl", b'{"prompt": 7}\n', NEEDS),
+        ("a.jsonl", b'{"messages": [{"from": "human", "value": "x"}]}\n', NEEDS),
+        ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}\n', NEEDS),
+        ("a.jsonl", b"", "no prompt to use; left out: {}"),
+        ("a.jsonl", b'{"prompt": ""}\n', "no prompt to use; left out: {'without a prompt': 1"),
+        ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}\n',
+         "no prompt to use"),
     ],
 )  # fmt: skip
-def test_broken_files_are_one_line(tmp_path, name, content, message):
+def test_bad_data_is_one_line_that_names_its_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(q.UserError) as error:
         load(str(tmp_path / name))
@@ -707,30 +669,37 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
-REFUSES_SYSTEM = (  # Gemma's manner, alternation included
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
-    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}</>"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+ALTERNATING = (
+    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )
-DEFAULT_SYSTEM = (  # Qwen's manner
-    "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}</>{% else %}"
-    "<system>You are Q.</>{% endif %}{% for m in messages if m.role != 'system' %}"
-    "<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TURNS = "{% for m in turns %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+
+
+def with_system_text(template, default="''"):
+    """A template for `system` and the other `turns`; default is an expression."""
+    return (
+        "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
+        "{% set system = messages[0].content %}{% else %}{% set turns = messages %}"
+        f"{{% set system = {default} %}}{{% endif %}}{template}"
+    )
+
+
+DEFAULT_SYSTEM = with_system_text(
+    "<system>{{ system }}</>" + TURNS, "'You are Q.'"
+)  # Qwen's manner
 EMPTY_SYSTEM = DEFAULT_SYSTEM.replace("You are Q.", "")  # Llama 3.1's manner
-IN_USER_TURN = (  # Mistral's manner
-    "{% if messages[0].role == 'system' %}{% set s, rest = messages[0].content, messages[1:] %}"
-    "{% else %}{% set s, rest = '', messages %}{% endif %}{% for m in rest %}[{{ m.role }}]"
-    "{{ s + '\n' if loop.first and s else '' }}{{ m.content }}{% endfor %}"
+IGNORES_SYSTEM = with_system_text(TURNS)
+REFUSES_SYSTEM = (  # Gemma's manner
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}" + with_system_text(ALTERNATING + TURNS)
 )
-BARE_SYSTEM = (  # nothing before it, and none by default
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% else %}"
-    "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+FIRST_USER_TURN = "{{ system + '\n\n' if loop.first and system else '' }}{{ m.content }}"
+IN_USER_TURN = with_system_text(  # Mistral's manner
+    f"{{% for m in turns %}}[{{{{ m.role }}}}]{FIRST_USER_TURN}{{% endfor %}}"
 )
-IGNORES_SYSTEM = (
-    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+BARE_SYSTEM = with_system_text(  # nothing before it, and none by default
+    "{{ system + '\n\n' if system else '' }}" + TURNS
 )
 
 
@@ -745,66 +714,38 @@ def chat_of(tokenizer, template, principle="PRINCIPLE."):
     return q.Chat(tokenizer, principle, "2024-08-27")
 
 
-def test_vicuna_ids_by_hand(tokenizer):
-    chat = chat_of(tokenizer, None)
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    turns = [user("hi"), assistant("hello"), user("how?")]
-    rest = [eos, *encode("USER: how? ASSISTANT:")]
-    first = [bos, *encode(f" {VICUNA_SYSTEM} USER: hi ASSISTANT: hello")]
-    assert chat.ids(turns) == first + rest
-    first = [bos, *encode(f" {VICUNA_SYSTEM} PRINCIPLE. USER: hi ASSISTANT: hello")]
-    assert chat.ids(chat.with_principle(turns)) == first + rest
-    assert chat.ids([user("hi")]) == [bos, *encode(f" {VICUNA_SYSTEM} USER: hi ASSISTANT:")]
-
-
 @pytest.mark.parametrize(
-    "template, plain, shown",
+    "template, plain, shown, own",
     [
-        (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q"),
-        (DEFAULT_SYSTEM, "<system>You are Q.</>", "<system>You are Q. PRINCIPLE.</>"),
-        (EMPTY_SYSTEM, "<system></>", "<system>PRINCIPLE.</>"),
-        (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>"),
-        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\nq"),
-        (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq"),
-        (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q"),
+        (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
+         "<s><|system|>Own. PRINCIPLE.<|user|>q"),
+        (DEFAULT_SYSTEM, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q",
+         "<system>Own. PRINCIPLE.</><user>q"),
+        (EMPTY_SYSTEM, "<system></><user>q", "<system>PRINCIPLE.</><user>q",
+         "<system>Own. PRINCIPLE.</><user>q"),
+        (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>",
+         "<s><user>Own. PRINCIPLE.\n\nq</>"),
+        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\n\nq", "[user]Own. PRINCIPLE.\n\nq"),
+        (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
+        (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q", "Own. PRINCIPLE.\n\n<user>q"),
+        (None, f"<s> {VICUNA_SYSTEM} USER: q ", f"<s> {VICUNA_SYSTEM} PRINCIPLE. USER: q ",
+         "<s> Own. PRINCIPLE. USER: q "),
     ],
-)
-def test_place_of_the_principle(tokenizer, template, plain, shown):
+)  # fmt: skip
+def test_place_of_the_principle(tokenizer, template, plain, shown, own):
+    """Also behind a prompt's own system text, which takes the place of the default one."""
     chat = chat_of(tokenizer, template)
     turns = [user("q"), assistant("a"), user("r")]
-    texts = [chat.render(turns), chat.render(chat.with_principle(turns))]
-    assert texts[0].startswith(plain) and texts[1].startswith(shown)
-    assert texts[0].removeprefix(plain) == texts[1].removeprefix(shown) != ""  # they end alike
+    prompts = turns, chat.with_principle(turns)
+    prompts += [system("Own."), *turns], chat.with_principle([system("Own."), *turns])
+    texts = [chat.render(prompt) for prompt in prompts]
+    begin = [plain, shown, own.replace(" PRINCIPLE.", ""), own]
+    for text, start in zip(texts, begin, strict=True):
+        assert text.startswith(start)
+        end = text.removeprefix(start)
+        assert end == texts[0].removeprefix(plain) != ""  # They end alike.
     assert chat.ids(turns) == chat.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
-
-
-def test_a_prompts_own_system_text_comes_before_the_principle(tokenizer):
-    turns = [{"role": "system", "content": "Own."}, user("q")]
-    for template in (CHAT_TEMPLATE, DEFAULT_SYSTEM, None):
-        chat = chat_of(tokenizer, template)
-        assert "Own. PRINCIPLE." in chat.render(chat.with_principle(turns))
-        assert "Own." in chat.render(turns) and "You are Q." not in chat.render(turns)
-
-
-def test_a_system_text_without_a_place_opens_the_first_user_turn(tokenizer):
-    turns = [{"role": "system", "content": "Own."}, user("q"), assistant("a"), user("r")]
-    for template in (REFUSES_SYSTEM, IGNORES_SYSTEM):
-        chat = chat_of(tokenizer, template)
-        assert "<user>Own.\n\nq<" in chat.render(turns)
-        assert "<user>Own. PRINCIPLE.\n\nq<" in chat.render(chat.with_principle(turns))
-
-
-def test_special_tokens_are_not_added_twice(tokenizer):
-    """As Llama's tokenizer would, which puts <s> before whatever it encodes."""
-    from tokenizers import processors
-
-    chat = chat_of(tokenizer, CHAT_TEMPLATE)
-    chat.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    assert chat.tokenizer("x")["input_ids"][0] == 0  # it does
-    assert chat.ids([user("q")]).count(0) == 1
+    assert chat_of(tokenizer, template, None).with_principle(turns) == turns
 
 
 def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
@@ -818,11 +759,6 @@ def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
     assert roles(positive_model="p", principle="x") == ("m", "p", "x")
 
 
-def test_no_principle_no_difference(tokenizer):
-    chat = chat_of(tokenizer, DEFAULT_SYSTEM, None)
-    assert chat.with_principle([user("q")]) == [user("q")]
-
-
 def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     chat = chat_of(tokenizer, None)
     turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
@@ -833,50 +769,19 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     assert chat.shorten(turns, last) == turns[4:]
     assert "PRINCIPLE." in chat.render(chat.with_principle(turns[4:]))
     assert chat.shorten(turns, last - 1) == []
-    with_system = [{"role": "system", "content": "Own."}, *turns]
+    with_system = [system("Own."), *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
     assert chat.shorten(with_system, limit) == [with_system[0], turns[4]]
 
 
-def test_prompts_that_are_equal_once_shortened_count_once(tokenizer, tmp_path):
-    turns = [user("x" * 300), assistant("y"), user("last")]
-    text = "".join(json.dumps({"messages": m}) + "\n" for m in (turns, turns[2:]))
-    data = write(tmp_path / "a.jsonl", text)
-    prompts, left_out = load(data, chat_of(tokenizer, CHAT_TEMPLATE), 100)
-    assert prompts == [[user("last")]] and left_out["duplicate"] == 1
-
-
-def test_too_long_is_counted(tokenizer, tmp_path):
-    data = write(tmp_path / "a.jsonl", f'{{"prompt": "{"x" * 300}"}}\n{{"prompt": "short"}}\n')
-    prompts, left_out = load(data, chat_of(tokenizer, CHAT_TEMPLATE), 100)
-    assert prompts == [[user("short")]] and left_out["too long"] == 1
-
-
 # Templates in the manner of those that are in use: what each does that others do not.
-ALTERNATING = (
-    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
-)
-TURNS = "{% for m in turns %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
 TODAY = "strftime_now('%d %b %Y')"
-
-
-def with_system_text(template, default="''"):
-    """A template for `system` and the other `turns`; default is an expression."""
-    return (
-        "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
-        "{% set system = messages[0].content %}{% else %}{% set turns = messages %}"
-        f"{{% set system = {default} %}}{{% endif %}}{template}"
-    )
-
-
-IN_THE_MANNER_OF = {  # template, end of what it renders, whether it shows later system turns
+IN_THE_MANNER_OF = {  # template, end of what it renders
     "Llama 3.2": (
         with_system_text(
             "{{ bos_token }}<system>Today Date: {{ " + TODAY + " }}\n\n{{ system|trim }}</>" + TURNS
         ),
         "</><assistant>",
-        True,
     ),
     "Mistral v3 and Nemo": (  # the system text in the last user turn
         with_system_text(
@@ -885,67 +790,53 @@ IN_THE_MANNER_OF = {  # template, end of what it renders, whether it shows later
             "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
         ),
         "[/INST]",
-        False,
     ),
-    "Gemma 2": (REFUSES_SYSTEM, "</><assistant>", False),
+    "Gemma 2": (REFUSES_SYSTEM, "</><assistant>"),
     "Gemma 3": (
         with_system_text(
             ALTERNATING + "{{ bos_token }}{% for m in turns %}<{{ m.role }}>"
-            "{{ system + '\n\n' if loop.first and system else '' }}{{ m.content }}</>"
-            "{% endfor %}<model>"
+            f"{FIRST_USER_TURN}</>{{% endfor %}}<model>"
         ),
         "</><model>",
-        False,
     ),
     "Kimi K2": (  # white space only behind the default
-        "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
-        "<system>You are Q.</>\n  {% endif %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-        "<assistant>",
+        "{% if messages[0].role != 'system' %}<system>You are Q.</>\n  {% endif %}"
+        "{% set turns = messages %}" + TURNS,
         "</><assistant>",
-        True,
     ),
     "Granite 3.3": (
         with_system_text(
             "<system>{{ system }}</>\n" + TURNS, '"It is " + ' + TODAY + ' + ". You are Q."'
         ),
         "</><assistant>",
-        True,
     ),
     "SmolLM3": (
-        "<system>Today Date: {{ " + TODAY + " }}\n{{ messages[0].content.replace('/think', '') + "
-        "'\n' if messages[0].role == 'system' else 'You are Q.\n' }}</>{% for m in messages "
-        "if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>",
+        with_system_text(
+            "<system>Today Date: {{ "
+            + TODAY
+            + " }}\n{{ system.replace('/think', '') }}\n</>"
+            + TURNS,
+            "'You are Q.'",
+        ),
         "</><assistant>",
-        False,
     ),
     "Qwen 3": (  # no default, and past thoughts are dropped
         "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</>\n"
         "{% endfor %}<assistant>",
         "</>\n<assistant>",
-        True,
     ),
-    "DeepSeek R1": (  # of several system turns the last
-        "{% set ns = namespace(system='') %}{% for m in messages if m.role == 'system' %}"
-        "{% set ns.system = m.content %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in "
-        "messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "DeepSeek R1": (
+        with_system_text("{{ bos_token }}{{ system }}" + TURNS + "<think>"),
         "<assistant><think>",
-        "<assistant><think>",
-        False,
     ),
     "gpt-oss": (  # a system message of its own, before the one for other texts
         with_system_text(
             "<system>It is {{ " + TODAY + " }}.</>{% if system %}<developer>{{ system }}</>"
-            "{% endif %}{% for m in turns if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</>"
-            "{% endfor %}<assistant>"
+            "{% endif %}" + TURNS
         ),
         "</><assistant>",
-        False,
     ),
 }
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 DIALOGUES = [
@@ -960,7 +851,7 @@ DIALOGUES = [
 
 @pytest.mark.parametrize("name", IN_THE_MANNER_OF)
 def test_contexts_in_the_manner_of(name, tokenizer, capsys):
-    template, end, *_ = IN_THE_MANNER_OF[name]
+    template, end = IN_THE_MANNER_OF[name]
     chat = chat_of(tokenizer, template)
     assert capsys.readouterr().out == ""  # no warning
     for turns in DIALOGUES:
@@ -1057,12 +948,13 @@ def test_prompts_that_are_left_out_are_counted_by_their_reason(tokenizer, tmp_pa
     refuses += "{% endfor %}"
     records = [{"prompt": x} for x in ("yes", "no", "", "yes", "x" * 300)]
     records.append({"messages": [user("no"), assistant("but"), user("yes")]})  # refused as a whole
+    records.append({"messages": [user("x" * 300), assistant("y"), user("yes")]})  # equal, shortened
     records.append({"chosen": "a reply", "rejected": "a reply"})  # plain texts share no prompt
-    data = write(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    data = write_records(tmp_path / "a.jsonl", records)
     prompts, left_out = load(data, chat_of(tokenizer, refuses + CHAT_TEMPLATE), 100)
     assert prompts == [[user("yes")]]
     reason = "refused: the chat template of --model fails (TemplateError: rude)"
-    assert left_out == {"without a prompt": 2, "duplicate": 1, "too long": 1, reason: 2}
+    assert left_out == {"without a prompt": 2, "duplicate": 2, "too long": 1, reason: 2}
 
 
 @pytest.fixture(scope="session")
@@ -1173,8 +1065,9 @@ def test_a_principle_from_a_file_and_what_cannot_be_read(tmp_path):
         with pytest.raises(q.UserError, match=f"{place}.*{message}") as error:
             q.Config("m", **options)
         assert "\n" not in str(error.value)
-    with pytest.raises(q.UserError, match="--principle is empty"):
-        q.Config("m", principle=f"@{write(tmp_path / 'empty', ' ')}")
+    for empty in ("", " \n", f"@{write(tmp_path / 'empty', ' ')}"):
+        with pytest.raises(q.UserError, match="--principle is empty"):
+            q.Config("m", principle=empty)
 
 
 # --------------------------------------------------------- Tests: batches, labels, micro-batches --
@@ -1215,16 +1108,6 @@ def test_the_positions_that_predict_the_response_are_taken():
     assert ids.shape == (1, 1) and rows.shape == (0,)
 
 
-def test_padding_changes_nothing():
-    model, samples = small_llama(0), some_samples()
-    contexts, responses = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
-    with torch.no_grad():
-        states = q.final_states(model.model, list(zip(contexts, responses, strict=True)))
-        expected = [oracle_logits(model, c, r) for c, r in zip(contexts, responses, strict=True)]
-    z = q.logits(states, model.lm_head.weight, None)
-    torch.testing.assert_close(z, torch.cat(expected))
-
-
 @pytest.mark.parametrize("two_models", [False, True])
 @pytest.mark.parametrize("plausibility", [0.0, 0.2])
 def test_labels_equal_the_oracle(two_models, plausibility):
@@ -1245,43 +1128,30 @@ def test_labels_equal_the_oracle(two_models, plausibility):
     assert superior([])(slice(0, 3)).shape == (0, 64)  # a rank without samples
 
 
-def test_prompt_tokens_are_no_labels():
-    """Only the hidden states that predict response tokens get a gradient."""
-    model, samples = small_llama(0), some_samples()
-    caught = []
-    model.model.norm.register_full_backward_hook(lambda m, i, o: caught.append(o[0]))
-    policy = q.Policy(model, checkpointing=False)
-    loss, *_ = policy(samples, some_labels(samples))
-    loss.backward()
-    _, rows = caught_inputs([s.prompt_ids for s in samples], [s.response_ids for s in samples])
-    touched = caught[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
-    assert touched.tolist() == rows.tolist()
-
-
 def some_labels(samples):
     log_pi_hat = some_logits(sum(len(s.response_ids) for s in samples), 64).log_softmax(-1)
     return lambda rows: log_pi_hat[rows]
 
 
-def test_the_policy_sums_its_distance_to_what_the_sampler_said():
-    model, samples = small_llama(0), some_samples()
-    with torch.no_grad():
-        *_, gap = q.Policy(model, checkpointing=False)(samples, some_labels(samples))
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_policy_on_its_way_forth_and_back(checkpointing):
+    """It sums its distance to what the sampler said. On the way back layers run again only with
+    checkpointing, and the states that predict response tokens alone get a gradient."""
+    model, samples, calls, gradients = small_llama(0), some_samples(), [], []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model.model.norm.register_full_backward_hook(lambda m, i, o: gradients.append(o[0]))
+    loss, _, gap = q.Policy(model, checkpointing)(samples, some_labels(samples))
     expected = 0.0
     for s in samples:
         z = oracle_logits(small_llama(0), s.prompt_ids, s.response_ids)
         log_pi_theta = oracle_log_probs(z, s.response_ids)
         expected += (log_pi_theta - torch.tensor(s.log_probs)).abs().sum().item()
     assert gap.item() == pytest.approx(expected, rel=1e-6) and expected > 1
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_activation_checkpointing_runs_layers_again_on_the_way_back(on):
-    model, samples, calls = small_llama(0), some_samples(), []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    loss, *_ = q.Policy(model, on)(samples, some_labels(samples))
     loss.backward()
-    assert len(calls) == 1 + on
+    assert len(calls) == 1 + checkpointing
+    _, rows = caught_inputs([s.prompt_ids for s in samples], [s.response_ids for s in samples])
+    touched = gradients[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
+    assert touched.tolist() == rows.tolist()
 
 
 @pytest.fixture
@@ -1493,15 +1363,6 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
         a_run(tmp_path, 2, monkeypatch)
 
 
-def test_one_job_at_a_time_in_a_folder(tmp_path, one_rank):
-    cfg = q.Config("m", output_dir=str(tmp_path))
-    first = q.Run(cfg, {}, [])
-    with pytest.raises(q.UserError, match="another job is running in it"):
-        q.Run(cfg, {}, [])
-    os.close(first.lock)
-    os.close(q.Run(cfg, {}, []).lock)
-
-
 def test_secrets_of_monitors_are_not_written(tmp_path, one_rank):
     ds_config = {"gradient_clipping": 1.0, "comet": {"api_key": "SECRET"}}
     os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), ds_config, []).lock)
@@ -1530,29 +1391,22 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "options",
+    "name, values",
     [
-        *({"alpha": x} for x in (-0.1, math.nan, math.inf)),
-        *({"temperature": x} for x in (-1, math.nan)),
-        *({"plausibility": x} for x in (-0.1, 1.1)),
-        *({"learning_rate": x} for x in (-1e-6, 2, math.nan)),
-        *({name: 0} for name in ("epochs", "samples_per_epoch", "batch_size", "save_every")),
-        *({name: 0} for name in ("max_new_tokens", "max_prompt_tokens", "micro_batch_tokens")),
-        {"gpu_memory_utilization": 1.5},
-        {"seed": -1},
+        ("alpha", (-0.1, math.nan, math.inf)),
+        ("temperature", (-1, math.nan)),
+        ("plausibility", (-0.1, 1.1)),
+        ("learning_rate", (-1e-6, 2, math.nan)),
+        ("gpu_memory_utilization", (1.5,)),
+        ("seed", (-1,)),
+        *((name, (0,)) for name in ("epochs", "samples_per_epoch", "batch_size", "save_every")),
+        *((name, (0,)) for name in ("max_new_tokens", "max_prompt_tokens", "micro_batch_tokens")),
     ],
 )
-def test_numbers_out_of_range(options):
-    ((name, value),) = options.items()
-    with pytest.raises(q.UserError, match=f"^--{name} {value}: has to be from "):
-        q.Config("m", **options)
-
-
-@pytest.mark.parametrize("principle", ["", " \n"])
-def test_nothing_to_contrast(principle):
-    with pytest.raises(q.UserError, match="--principle is empty"):
-        q.Config("m", principle=principle)
-    q.Config("m", principle="x", positive_model="m")
+def test_numbers_out_of_range(name, values):
+    for value in values:
+        with pytest.raises(q.UserError, match=f"^--{name} {value}: has to be from "):
+            q.Config("m", **{name: value})
 
 
 SIZES = {  # weights, layers, width, vocabulary
@@ -1688,10 +1542,35 @@ def command(ranks, *options, launcher=(), script=HERE / "inverse_q.py"):
     return [*start, str(script), *map(str, options)]
 
 
-def launch(ranks, *options, **changes):
-    """The result of a job under DeepSpeed's launcher."""
-    whole = command(ranks, *options, **changes)
-    return subprocess.run(whole, capture_output=True, text=True, timeout=600)
+class Launched:
+    """A program in the background, in a process group of its own."""
+
+    def __init__(self, command, **more):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, start_new_session=True, **pipes, **more)
+        self.poll = self.process.poll
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        self.stdout, self.stderr = self.process.communicate()
+
+    def result(self, timeout=600):
+        """As of subprocess.run(): when all that write to its pipes are gone."""
+        self.reader.join(timeout)
+        out, err = self.stdout, self.stderr
+        return types.SimpleNamespace(returncode=self.poll(), stdout=out, stderr=err)
+
+    def group(self, number):
+        os.killpg(self.process.pid, number)
+
+    def family(self):
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def assert_gone(self, family):
+        """Within 30 s, with an exit code that tells."""
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive and self.result(30).returncode not in (0, None)
 
 
 # Most of a start is imports. Where the launcher is not what a test is about, ranks are forked from
@@ -1701,6 +1580,15 @@ PRELOAD = "test_inverse_q deepspeed vllm.entrypoints.llm vllm.v1.worker.cpu_work
 PRELOAD += " vllm.model_executor.models.llama vllm.model_executor.model_loader.reload"
 PRELOAD += " transformers.models.llama.modeling_llama transformers.hf_argparser"
 FORKS.set_forkserver_preload(PRELOAD.split())
+
+
+def start_forkserver():
+    """With the environment that its forks get. It returns at once, and the imports take seconds."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # Read when vLLM and PyTorch are imported.
+        m.setenv("TORCH_COMPILE_DISABLE", "1")  # For five tokens it is not worth its seconds.
+        m.chdir(HERE)
+        multiprocessing.forkserver.ensure_running()
 
 
 def in_a_fork(environment, folder, output, function, args):
@@ -1723,17 +1611,14 @@ class Job:
         self.output, self.ranks = Path(tempfile.mkdtemp()), []
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
         shared["MASTER_PORT"] = free_port()
-        with pytest.MonkeyPatch.context() as m:
-            m.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # Read when vLLM and PyTorch are imported.
-            m.setenv("TORCH_COMPILE_DISABLE", "1")  # For five tokens it is not worth its seconds.
-            m.chdir(HERE)
-            for rank in range(ranks):
-                local = 0 if folders else rank
-                environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
-                folder = folders[rank] if folders else HERE
-                target = environment, folder, self.output, function, args
-                self.ranks.append(FORKS.Process(target=in_a_fork, args=target))
-                self.ranks[-1].start()
+        start_forkserver()
+        for rank in range(ranks):
+            local = 0 if folders else rank
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
+            folder = folders[rank] if folders else HERE
+            target = environment, folder, self.output, function, args
+            self.ranks.append(FORKS.Process(target=in_a_fork, args=target))
+            self.ranks[-1].start()
 
     def poll(self):
         codes = [rank.exitcode for rank in self.ranks]
@@ -1780,11 +1665,13 @@ RECORDS = [
     {"prompt": hh("I want to sell a boat.", "Ask a friend, or put up a sign.", "Which?", "")},
     {"messages": [user("Please help me fix my bike, my lamp, my chair and my clock.")]},
     {"messages": [user("Hi"), assistant("Gladly!"), user("How do I weigh it?"), assistant("-")]},
-    {"chosen": hh("What is a drum?", "A thing."), "rejected": hh("What is a drum?", "Ugh.")},
-    {
-        "chosen": hh("Move it", "To move it, take soap.", "Why soap?", "It is slippery."),
-        "rejected": hh("Move it", "To move it, take soap.", "Why soap?", "Go away."),
-    },
+    pair(["What is a drum?", "A thing."], ["What is a drum?", "Ugh."]),
+    pair(
+        *(
+            ["Move it", "To move it, take soap.", "Why soap?", x]
+            for x in ("It is slippery.", "Go away.")
+        )
+    ),
     {"prompt": "Pack the tent, the kettle and the canoe. " * 4},
 ]
 
@@ -1808,7 +1695,7 @@ def make_toy(folder):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         change(folder / name / "generation_config.json", do_sample=False)
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    write_records(folder / "data.jsonl", RECORDS)
     config = json.loads((HERE / "ds_config.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     config["gradient_clipping"] = 0.5
@@ -1946,18 +1833,15 @@ def test_what_a_run_writes_and_says(toy, run_2):
     epochs = metrics(out, "epoch")
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
     chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE, config["date"])
-    expected = (
-        "kind epoch loss kl sampler_gap_first sampler_gap_last response_tokens_mean truncated"
-    )
-    expected += " sync_seconds sample_seconds train_seconds peak_memory_gib"
-    assert list(epochs[0]) == expected.split()
-    expected = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
-    assert list(metrics(out, "step")[0]) == expected.split()
-    expected = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
-    expected += " finish_reason"
+    keys = "kind epoch loss kl sampler_gap_first sampler_gap_last response_tokens_mean truncated"
+    keys += " sync_seconds sample_seconds train_seconds peak_memory_gib"
+    assert " ".join(epochs[0]) == keys
+    keys = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
+    assert " ".join(metrics(out, "step")[0]) == keys
+    keys = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
     for epoch in (1, 2):
         samples = read_jsonl(out / "samples" / f"epoch-00{epoch}.jsonl")
-        assert list(samples[0]) == expected.split()
+        assert " ".join(samples[0]) == f"{keys} finish_reason"
         assert [s["index"] for s in samples] == list(range(7))
         for s in samples:
             ended = s["response_ids"][-1] == 1  # EOS is a label where the model ended it itself
@@ -1997,24 +1881,29 @@ def chat_with_vllm(model):
 @processes
 def test_trained_model_loads_in_transformers_and_vllm(run_2):
     """With tokenizer and chat template; greedy tokens of both agree."""
+    from transformers import AutoModelForCausalLM
+
     model = str(run_2[0] / "model")
     lines = Job(1, chat_with_vllm, model).result().stdout.splitlines()
     (line,) = (x for x in lines if x.startswith("TOKENS"))
     prompt, tokens = json.loads(line.removeprefix("TOKENS"))
-    assert tokens == greedy(model, prompt, 20)
+    ids, policy = list(prompt), AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for _ in range(20):
+            ids.append(policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert ids == prompt + tokens
     assert not (run_2[0] / "model.new").exists()
 
 
 @torch.no_grad()
-def greedy(model, prompt, n):
-    from transformers import AutoModelForCausalLM
-
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model)
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-    return ids[len(prompt) :]
+def regret(model, samples):
+    """How far under the model's favourite the sampled tokens are at most, in nats."""
+    gaps = []
+    for s in samples:
+        z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
+        chosen = z.gather(-1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+        gaps.append((z.amax(-1) - chosen).max().item())
+    return max(gaps)
 
 
 @processes
@@ -2047,18 +1936,7 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     assert norm == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     samples = read_jsonl(tmp_path / "samples" / "epoch-002.jsonl")
 
-    @torch.no_grad()
-    def regret(model):
-        """How far under the model's favourite the sampled tokens are at most, in nats."""
-        gaps = []
-        for s in samples:
-            z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
-            chosen = z.gather(-1, torch.tensor(s["response_ids"])[:, None])[:, 0]
-            gaps.append((z.amax(-1) - chosen).max().item())
-        return max(gaps)
-
-    base = AutoModelForCausalLM.from_pretrained(toy / "tied")
-    assert regret(policy) == 0 and regret(base) > 0.3, (regret(policy), regret(base))
+    assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0.3
 
 
 @processes
@@ -2101,33 +1979,6 @@ def wait_until(job, condition):
         time.sleep(0.01)
 
 
-class Launched:
-    """A job in the background, under DeepSpeed's launcher, in a process group of its own."""
-
-    def __init__(self, *options):
-        self.process = subprocess.Popen(
-            command(2, *options),
-            start_new_session=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.poll, self.said = self.process.poll, []
-        reader = threading.Thread(target=lambda: self.said.extend(self.process.stdout), daemon=True)
-        reader.start()
-
-    def group(self, number):
-        os.killpg(self.process.pid, number)
-
-    def family(self):
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def assert_gone(self, family):
-        """Within 30 s, with an exit code that tells."""
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert not alive and self.process.wait(30) != 0
-
-
 def save_slowly():
     """Leave time to be stopped between the checkpoint and the word that it is whole."""
     write = q.Run.write
@@ -2141,13 +1992,13 @@ def save_slowly():
 
 @pytest.fixture(scope="session")
 def stopped(toy, tmp_path_factory):
-    """A run of two epochs that is stopped in every way and at every moment, and started again.
+    """A run of two epochs that is stopped at every moment, and started again.
 
     In its first epoch while it samples, fits, and saves, and in its second at the beginning and at
-    a moment drawn by chance. Also what it said each time, and a copy of it after one epoch.
+    a moment drawn by chance.
     """
-    out, said, rng = tmp_path_factory.mktemp("stopped"), [], random.Random(4)
-    done, options = out / "state" / "done.json", settings(toy, out, *TRAINING)
+    out, rng = tmp_path_factory.mktemp("stopped"), random.Random(4)
+    done = out / "state" / "done.json"
 
     def run_to(path, seconds, job):
         known = (out / "model").stat().st_mtime if (out / "model").exists() else 0
@@ -2157,76 +2008,45 @@ def stopped(toy, tmp_path_factory):
         time.sleep(seconds)
         return job
 
-    # It samples: SIGKILL of all.
-    run_to(out / "model", 0.2, start(toy, out, 2, *TRAINING)).kill()
+    def run_to_and_kill(path, seconds, prepare=None):
+        run_to(path, seconds, start(toy, out, 2, *TRAINING, prepare=prepare)).kill()
 
-    # It fits: SIGTERM to the launcher, whose own child survives that.
-    job = run_to(out / "samples" / "epoch-001.jsonl", 0.0, Launched(*options))
-    family = job.family()
-    job.process.terminate()
-    job.assert_gone(family)
-    said.append(job.said)
-
-    # It saves: SIGKILL of all.
-    run_to(
-        out / "state" / "epoch-001", 0.5, start(toy, out, 2, *TRAINING, prepare=save_slowly)
-    ).kill()
+    # It samples, fits, and saves: SIGKILL.
+    run_to_and_kill(out / "model", 0.2)
+    run_to_and_kill(out / "samples" / "epoch-001.jsonl", 0.0)
+    run_to_and_kill(out / "state" / "epoch-001", 0.5, save_slowly)
     assert not done.exists()
 
     # An epoch is saved: Ctrl-C, and a second job is refused the folder meanwhile.
-    job = run_to(done, 0.0, Launched(*options))
+    job = run_to(done, 0.0, Launched(command(2, *settings(toy, out, *TRAINING))))
     job.group(signal.SIGSTOP)
     second = start(toy, out, 2, *TRAINING).result(check=False)
-    assert second.returncode == 2 and "another job is running in it" in second.stdout
-    shutil.copytree(out, out.with_name("after_one_epoch"))
     family = job.family()
     job.group(signal.SIGCONT)
     job.group(signal.SIGINT)
     job.assert_gone(family)
-    said.append(job.said)
+    assert second.returncode == 2 and "another job is running in it" in second.stdout
+    assert job.stdout.count("The same command goes on") == 1, job.stdout[-3000:]
     assert json.loads(done.read_text()) == {"epoch": 1}
 
-    # At some moment of the second epoch: SIGKILL of one rank.
-    job = run_to(done, rng.uniform(0.1, 0.5), Launched(*options))
-    family = job.family()
-    next(p for p in family if "--local_rank=1" in p.cmdline()).kill()
-    job.assert_gone(family)
+    # At some moment of the second epoch: SIGKILL.
+    run_to_and_kill(done, rng.uniform(0.1, 0.5))
     assert json.loads(done.read_text()) == {"epoch": 1}
 
     train(toy, out, 2, *TRAINING)
-    return out, said
+    return out
 
 
 @processes
 def test_a_run_that_was_stopped_and_started_again_ends_like_one_that_was_not(stopped, run_2):
     """However it was stopped: no process was left within 30 s, and what is on disk was whole."""
-    out, said = stopped
-    assert_same_run(out, run_2[0])
-    state = {p.name for p in (out / "state").glob("[ed]*")}
+    assert_same_run(stopped, run_2[0])
+    state = {p.name for p in (stopped / "state").glob("[ed]*")}
     assert state == {"done.json", "epoch-002"}  # none but the last
-    for lines in said:
-        hints = [x for x in lines if "The same command goes on" in x]
-        assert len(hints) == 1, lines[-20:]
 
 
-@processes
-def test_a_run_goes_on_with_as_many_ranks_alone(toy, run_2):
-    result = start(toy, run_2[0], 1, *TRAINING).result(check=False)
-    assert result.returncode == 2 and "ranks 2 there, 1 here" in result.stdout
-
-
-def script_of(tmp_path, text):
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport inverse_q as q\n{text}"
-    )
-    return path
-
-
-@processes
-def test_a_rank_with_an_error_shows_it_first_and_takes_the_job_down(toy, tmp_path):
-    """The other rank waits in a collective, and may only fail after it."""
-    text = """
+# The other rank waits in a collective, and may only fail after it.
+ERROR_OF_ONE_RANK = """
 def sampler(cfg, chat):
     if os.environ["RANK"] == "1":
         {}["the error of rank 1"]
@@ -2234,18 +2054,8 @@ def sampler(cfg, chat):
 q.Sampler = sampler
 q.main()
 """
-    begin, script = time.perf_counter(), script_of(tmp_path, text)
-    options = settings(toy, tmp_path / "out", *TRAINING)
-    result = launch(2, *options, script=script)
-    assert result.returncode == 1 and time.perf_counter() - begin < 90
-    lines = [x for x in result.stderr.splitlines() if "Error: " in x]
-    assert "KeyError: 'the error of rank 1'" in lines[0], result.stderr[-3000:]
-
-
-@processes
-def test_what_one_rank_alone_finds_is_one_line_too(toy, tmp_path):
-    """The disk of the second machine is full, say; the first rank waits in a collective."""
-    text = """
+# The disk of the second machine is full, say; the first rank waits in a collective.
+MISTAKE_OF_ONE_RANK = """
 from types import SimpleNamespace
 def save_checkpoint(*_, **__):
     print("PID", os.getpid(), flush=True)
@@ -2257,8 +2067,46 @@ def train(cfg):
     q.dist.barrier()
 q.main(train)
 """
-    options = settings(toy, tmp_path / "out", *TRAINING)
-    result = launch(2, *options, script=script_of(tmp_path, text))
+
+
+@pytest.fixture(scope="session")
+def launched(toy, tmp_path_factory):
+    """Jobs under DeepSpeed's launcher that end by themselves; early() starts them."""
+    jobs = {}
+    for name, text in (("error", ERROR_OF_ONE_RANK), ("mistake", MISTAKE_OF_ONE_RANK)):
+        folder = tmp_path_factory.mktemp(name)
+        script = folder / "script.py"
+        head = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport inverse_q as q\n"
+        script.write_text(head + text)
+        options = settings(toy, folder / "out", *TRAINING)
+        jobs[name] = Launched(command(2, *options, script=script))
+    folder = tmp_path_factory.mktemp("run_sh")
+    options = settings(toy, folder, "--data", folder / "nothing.jsonl")
+    jobs["run.sh"] = Launched([HERE / "run.sh", *options])
+    return jobs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """Begin with what takes long and wants no attention: it goes on beside the quick tests."""
+    tests = request.session.items
+    if any(test.get_closest_marker("processes") for test in tests):
+        start_forkserver()
+    if any("launched" in test.fixturenames for test in tests):
+        request.getfixturevalue("launched")
+
+
+@processes
+def test_a_rank_with_an_error_shows_it_first_and_takes_the_job_down(launched):
+    result = launched["error"].result(90)
+    assert result.returncode == 1
+    lines = [x for x in result.stderr.splitlines() if "Error: " in x]
+    assert "KeyError: 'the error of rank 1'" in lines[0], result.stderr[-3000:]
+
+
+@processes
+def test_what_one_rank_alone_finds_is_one_line_too(launched):
+    result = launched["mistake"].result()
     lines = [x for x in result.stdout.splitlines() if x.startswith("script.py: ")]
     message = "epoch-001: not written, disk full? (OSError: [Errno 28] No space left on device)"
     assert result.returncode == 2 and len(lines) == 1 and message in lines[0], result.stdout
@@ -2469,7 +2317,8 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
 def test_several_machines(toy, run_2, tmp_path):
     """Two launchers with a rank each, in folders of their own as on machines that share none.
 
-    And then again, to go on, from forks.
+    In the second epoch one launcher gets SIGTERM, which its own child survives. Then the rank of
+    the other is lost, which was waiting for the first. And then again, to go on, from forks.
     """
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     port, jobs, folders = free_port(), [], [tmp_path / "0", tmp_path / "1"]
@@ -2477,13 +2326,22 @@ def test_several_machines(toy, run_2, tmp_path):
         folder.mkdir()
         launcher = ["--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--node_rank", str(node)]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
-        whole = command(1, *settings(toy, "out", *TRAINING, "--epochs", 1), launcher=launcher)
+        whole = command(1, *settings(toy, "out", *TRAINING), launcher=launcher)
         del whole[1:3]  # --num_gpus
-        pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        jobs.append(subprocess.Popen(whole, cwd=folder, **pipes))
-    said = [job.communicate(timeout=300)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said[0][-3000:] + said[1][-3000:]
-    assert "Inverse-Q*" in said[0] and "Inverse-Q*" not in said[1]
+        jobs.append(Launched(whole, cwd=folder))
+    done = folders[0] / "out" / "state" / "done.json"
+    wait_until(jobs[0], done.exists)
+    families = [job.family() for job in jobs]
+    (lost,) = (p for p in families[1] if "--local_rank=0" in p.cmdline())
+    lost.suspend()
+    jobs[0].process.terminate()
+    jobs[0].assert_gone(families[0])
+    assert jobs[1].poll() is None
+    lost.kill()
+    jobs[1].assert_gone(families[1])
+    for text in ("Inverse-Q*", "The same command goes on"):
+        assert [job.stdout.count(text) for job in jobs] == [1, 0], jobs[0].stdout[-3000:]
+    assert json.loads(done.read_text()) == {"epoch": 1}
     assert "epoch-001, first sample" not in train(toy, "out", 2, *TRAINING, folders=folders)
     assert_same_run(tmp_path / "0" / "out", run_2[0])
     written = {p.name for p in (tmp_path / "1" / "out").rglob("*") if p.is_file()}
@@ -2504,10 +2362,9 @@ def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path
 
 
 @processes
-def test_run_sh_passes_options_and_exit_code_on(toy, tmp_path):
+def test_run_sh_passes_options_and_exit_code_on(launched):
     """Training goes through DeepSpeed's launcher. Here the first rank finds the user error."""
-    options = settings(toy, tmp_path, "--data", tmp_path / "nothing.jsonl")
-    result = subprocess.run([HERE / "run.sh", *options], capture_output=True, text=True)
+    result = launched["run.sh"].result()
     assert_one_line(result, "nothing.jsonl: no such file")
     assert "launch.py" in result.stdout + result.stderr
 
@@ -2550,10 +2407,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         text = {**json.loads((HERE / "ds_config.json").read_text()), **config}
         return "--ds_config", write(tmp_path / f"{name}.json", json.dumps(text))
 
-    def data(text):
-        name = f"{len(list(tmp_path.glob('data*')))}"
-        return "--data", write(tmp_path / f"data{name}.jsonl", text)
-
     capped = model("capped", final_logit_softcapping=30.0)
     remote = model("remote", model_type="new", auto_map={"AutoConfig": "evil.Evil"})
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -2572,66 +2425,46 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
     def ours(*options):
         return settings(toy, tmp_path / "out", *options)
 
-    no_model, no_file = (
-        "no model folder or hub id that loads",
-        "has to be a JSON file that sets ZeRO stage 3",
-    )
-    another = "holds another run, use its settings or another folder: "
-    no_prompt, no_set = "no prompt to use", "owner/no: no such file or hub data set"
-    a_line_needs = "line 1: a record needs 'prompt', 'messages', or"
+    no_model, stage_3 = "no model folder or hub id that loads", "that sets ZeRO stage 3"
+    has = "a has 1024 positions: lower --max_prompt_tokens + --max_new_tokens (5300)"
     cases = [
         ([], "error: the following arguments are required: --model"),
         (["--model", "x", "--foo", 1], "error: unrecognized arguments: --foo 1"),
         (["--model", "x", "--mod", 1], "error: unrecognized arguments: --mod 1"),
-        (
-            ["--model", "x", "--alpha", "much"],
-            "error: argument --alpha: invalid float value: 'much'",
-        ),
+        (["--model", "x", "--alpha", "a"], "error: argument --alpha: invalid float value: 'a'"),
+        (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
+        (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
+        (ours("--principle", "@no.txt"), "cannot be read (FileNotFoundError: [Errno 2] No such"),
         (ours("--data", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
-        (ours("--data", "owner/no"), no_set),
+        (ours("--data", "owner/no"), "owner/no: no such file or hub data set"),
+        (ours("--data", write(tmp_path / "a.jsonl", "[]\n")), "line 1: a record needs 'prompt', "),
+        (ours("--max_prompt_tokens", 5), "no prompt to use; left out: {'too long': 8}"),
         (ours("--model", "owner/no"), f"owner/no: {no_model}"),
         (ours("--model", tmp_path / "no"), no_model),
         (ours("--model", model_file), no_model),
         (ours("--model", broken), f"broken: {no_model}"),
         (ours("--model", remote), f"remote: {no_model}"),
-        (ours(*data("")), f"{no_prompt}; left out: {{}}"),
-        (ours(*data('{"prompt": "x"}\n{"x\n')), "line 2: cannot be read as JSON"),
-        (ours(*data("[]\n")), "line 1: a record needs"),
-        (ours(*data('{"text": "x"}\n')), a_line_needs),
-        (ours(*data('{"prompt": "\\n\\nAssistant: x"}\n')), no_prompt),
-        (ours("--max_prompt_tokens", 5), f"{no_prompt}; left out: {{'too long': 8}}"),
-        (ours("--principle", ""), "--principle is empty"),
-        (
-            ours("--principle", "@no.txt"),
-            "--principle cannot be read (FileNotFoundError: [Errno 2] No such file",
-        ),
-        (
-            ours("--date", "today"),
-            "--date or --principle cannot be read (ValueError: Invalid isoformat",
-        ),
-        (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
         (ours("--positive_model", other), "its vocabulary has to be that of"),
-        (ours("--positive_model", capped), "caps or scales its logits"),
-        (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
-        (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
-        (ours("--epochs", 0), "--epochs 0: has to be from 1"),
         (
-            ours("--max_new_tokens", 5000),
-            "a has 1024 positions: lower --max_prompt_tokens + --max_new_tokens (5300)",
+            ours("--positive_model", capped),
+            "it caps or scales its logits (final_logit_softcapping)",
         ),
-        (ours("--ds_config", tmp_path / "no.json"), f"no.json: {no_file}"),
-        (ours("--ds_config", write(tmp_path / "a.json", "{")), f"a.json: {no_file}"),
-        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"b.json: {no_file}"),
-        (ours(*ds("c", zero_optimization={"stage": 2})), no_file),
-        (ours(*ds("d", zero_optimization=3)), no_file),
+        (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
+        (ours("--max_new_tokens", 5000), has),
+        (ours("--ds_config", tmp_path / "no.json"), f"{stage_3} (FileNotFoundError"),
+        (ours("--ds_config", write(tmp_path / "a.json", "{")), f"{stage_3} (JSONDecode"),
+        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"{stage_3} (TypeError"),
+        (
+            ours(*ds("c", zero_optimization={"stage": 2})),
+            f"c.json: has to be a JSON file {stage_3}",
+        ),
+        (ours(*ds("d", zero_optimization=3)), f"{stage_3} (TypeError"),
         (ours(*ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
         (ours("--output_dir", model_file), "Not a directory"),
         (ours("--output_dir", model_file / "x"), "Not a directory"),
-        (
-            ran("--alpha", 1.5, "--learning_rate", 1e-4),
-            f"{another}alpha 1.4 there, 1.5 here; learning_rate",
-        ),
-        (ran(*data('{"prompt": "x"}\n')), "data_crc32"),
+        (ran("--epochs", 3), "another folder: ranks 2 there, 1 here"),
+        (ran("--alpha", 1.5), "another run, use its settings or another folder: alpha 1.4 there"),
+        (ran("--data", write_records(tmp_path / "b.jsonl", [{"prompt": "x"}])), "data_crc32"),
         (ran(*ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 there, 9.0 here"),
         (ran("--date", "2024-08-28"), "date '2024-08-27' there, '2024-08-28' here"),
     ]
@@ -2681,12 +2514,9 @@ def test_weights_come_through_the_safe_loader_alone(toy, tmp_path):
 def test_help_names_every_option_and_its_source():
     said = " ".join(Job(1, run_main, ["--help"]).result().stdout.split())
     for field in dataclasses.fields(q.Config):
-        assert f"--{field.name}" in said and field.metadata["help"] in said, field.name
-    # Every number has a source: a place in the paper, or our choice.
-    for field in dataclasses.fields(q.Config):
-        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
-            text = field.metadata["help"]
-            assert any(x in text for x in ("sec. ", "app. ", "our choice", "ours")), field.name
+        text = field.metadata["help"]
+        assert f"--{field.name}" in said and text in said, field.name
+        assert re.search("sec. |app. |our choice", text), field.name
     readme = (HERE / "README.md").read_text()
     for name in re.findall(r"^\| `--(\w+)` \|", readme, re.MULTILINE):
         assert f"--{name}" in said, f"README: --{name}"
@@ -2708,11 +2538,6 @@ def test_the_core_needs_torch_alone():
     )
 
 
-SMALL = {
-    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.1,
-}  # fmt: skip
 OTHER_MODELS = {
     "Llama": {},
     # Tied embeddings, and two kinds of rotary embedding.
@@ -2735,7 +2560,9 @@ def make_other_model(name, folder):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL, **OTHER_MODELS[name])
+    config = getattr(transformers, f"{name}Config")(
+        **SMALL, initializer_range=0.1, **OTHER_MODELS[name]
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):  # They are 0.
@@ -2744,57 +2571,63 @@ def make_other_model(name, folder):
     make_tokenizer().save_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def other_runs(tmp_path_factory):
+    """A run of every other make, all at the same time."""
+    folder, jobs = tmp_path_factory.mktemp("other_runs"), []
+    data = write_records(folder / "a.jsonl", RECORDS[:3])
+    for name in list(OTHER_MODELS)[1:]:
+        make_other_model(name, folder / name / "base")
+        options = {"model": folder / name / "base", "output_dir": folder / name / "out"}
+        options |= {"data": data, "principle": PRINCIPLE, "dtype": "float32", "temperature": 0}
+        options |= {"epochs": 2, "samples_per_epoch": 3, "learning_rate": 3e-3}
+        options |= {"max_prompt_tokens": 300, "max_new_tokens": 12}
+        words = [str(x) for key in options for x in (f"--{key}", options[key])]
+        jobs.append(Job(1, run_main, words))
+    for job in jobs:
+        job.result()
+    return folder
+
+
 @processes
 @pytest.mark.parametrize("name", list(OTHER_MODELS)[1:])
-def test_models_of_other_makes_are_sampled_and_trained_right(name, tmp_path):
+def test_models_of_other_makes_are_sampled_and_trained_right(name, other_runs):
     """Loss and gradient of the first step are plain PyTorch's. At temperature 0, the tokens of the
     second epoch are the favourites of the policy after the first, and no more those of pi_0."""
     from transformers import AutoModelForCausalLM
 
-    base, out = tmp_path / "base", tmp_path / "out"
-    make_other_model(name, base)
-    data = write(tmp_path / "a.jsonl", "".join(json.dumps(r) + "\n" for r in RECORDS[:3]))
-    options = {"model": base, "data": data, "principle": PRINCIPLE, "output_dir": out}
-    options |= {"dtype": "float32", "temperature": 0, "epochs": 2, "samples_per_epoch": 3}
-    options |= {"learning_rate": 3e-3, "max_prompt_tokens": 300, "max_new_tokens": 12}
-    Job(1, run_main, [str(x) for key in options for x in (f"--{key}", options[key])]).result()
-
+    base, out = other_runs / name / "base", other_runs / name / "out"
     records, policy = next(replay(base, out, 1.4, 1.0, 3e-3, 16))
     steps = metrics(out, "step")  # One in each epoch, so that the sampler is never behind.
     assert steps[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
     assert steps[0]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     assert len(steps) == 2 and max(step["sampler_gap"] for step in steps) < 1e-5
 
-    def favourites(model):
-        """The share of the second epoch's tokens that are the model's favourites."""
-        hits = []
-        for s in read_jsonl(out / "samples" / "epoch-002.jsonl"):
-            with torch.no_grad():
-                z = oracle_logits(model, s["prompt_ids"], s["response_ids"])
-            hits.append(z.argmax(-1) == torch.tensor(s["response_ids"]))
-        return torch.cat(hits).double().mean()
-
     pi_0 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    assert favourites(policy) == 1 and favourites(pi_0) < 1
+    samples = read_jsonl(out / "samples" / "epoch-002.jsonl")
+    assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0
 
 
-def load_in_bfloat16(folder):
+def load_in_bfloat16(*folders):
     q.join_ranks()
-    cfg = q.Config(str(folder))
-    model = q.load_model(cfg.model, cfg, q.deepspeed_config(cfg))
-    frequencies = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
-    print(f"\n{model.get_output_embeddings().weight.dtype}", json.dumps(frequencies))
+    for folder in folders:
+        cfg = q.Config(str(folder))
+        model = q.load_model(cfg.model, cfg, q.deepspeed_config(cfg))
+        frequencies = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
+        print(f"\n{model.get_output_embeddings().weight.dtype}", json.dumps(frequencies))
 
 
 @processes
-@pytest.mark.parametrize("name, kinds", [("Llama", 1), ("Gemma3Text", 2)])
-def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(name, kinds, tmp_path):
+def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(tmp_path):
     """zero.Init makes every float tensor bfloat16, and these are off by radians then."""
     from transformers import AutoModelForCausalLM
 
-    make_other_model(name, tmp_path)
-    lines = Job(1, load_in_bfloat16, tmp_path).result().stdout.splitlines()
-    (line,) = (x for x in lines if x.startswith("torch.bfloat16"))
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).named_buffers()
-    expected = {k: v.tolist() for k, v in expected if "inv_freq" in k}
-    assert json.loads(line.partition(" ")[2]) == expected and len(expected) >= kinds
+    kinds = {"Llama": 1, "Gemma3Text": 2}
+    for name in kinds:
+        make_other_model(name, tmp_path / name)
+    lines = Job(1, load_in_bfloat16, *(tmp_path / name for name in kinds)).result().stdout
+    lines = [line for line in lines.splitlines() if line.startswith("torch.bfloat16")]
+    for line, (name, kind) in zip(lines, kinds.items(), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        expected = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
+        assert json.loads(line.partition(" ")[2]) == expected and len(expected) >= kind

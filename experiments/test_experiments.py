@@ -16,12 +16,15 @@ import math
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import types
+import warnings
 import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -44,11 +47,33 @@ def toy(tmp_path_factory):
     return t.make_toy(tmp_path_factory.mktemp("toy"))
 
 
-def start(*words, **more):
-    """Run a command of this folder, as python -m experiments.NAME."""
-    name, *options = map(str, words)
-    command = [sys.executable, "-m", f"experiments.{name}", *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, **more)
+# Forked processes find what the commands of this folder need imported already.
+t.FORKS.set_forkserver_preload([*t.PRELOAD.split(), "experiments.test_experiments"])
+
+
+def run_module(name, words, environment):
+    """What python -m NAME runs."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # It runs anew, though it is imported.
+    os.environ.update(environment)
+    sys.argv = [f"{name.split('.')[-1]}.py", *words]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def start(name, *words, **environment):
+    """A command of this folder, in a forked process."""
+    return t.Job(1, run_module, f"experiments.{name}", list(map(str, words)), environment)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """Begin with what takes long and wants no attention: it goes on beside the quick tests."""
+    wanted = {name for test in request.session.items for name in test.fixturenames}
+    for name in {"judge_server", "credit_page"} & wanted:
+        request.getfixturevalue(name)
 
 
 def svg_texts(path):
@@ -100,24 +125,21 @@ def test_elo_by_hand_and_in_the_limit():
     assert ours[10] - ours[0] > 0.5 * (ours[-1] - ours[0])
 
 
-def test_verdicts_count_alike_whichever_model_is_a():
+def test_verdicts_count_alike_whichever_model_is_a_and_in_any_order():
     games = [verdict("a")] * 3 + [{"a": "x", "b": "ours", "winner": "a"}] + [verdict("tie", "y")]
     pairs = evaluate.win_rates(games)
     assert [(p["a"], p["b"], p["win"], p["tie"], p["lose"]) for p in pairs] == [
         ("ours", "x", 3, 0, 1),
         ("ours", "y", 0, 1, 0),
     ]
+    more = [verdict("a", "x")] * 30 + [verdict("b", "y")] * 30 + [verdict("a", "y")] * 10
+    (forwards, _), (backwards, _) = evaluate.elo(more), evaluate.elo(more[::-1])
+    for name in forwards:
+        assert forwards[name]["elo"] == pytest.approx(backwards[name]["elo"], abs=1)
     composite = evaluate.composite(games)
     counts = {name: (row["win"], row["tie"], row["lose"]) for name, row in composite.items()}
     assert counts == {"ours": (3, 1, 1), "x": (1, 0, 3), "y": (0, 1, 0)}
     assert composite["ours"]["win_rate"] == 0.7
-
-
-def test_elo_does_not_depend_on_the_order_of_the_games():
-    games = [verdict("a", "x")] * 30 + [verdict("b", "y")] * 30 + [verdict("a", "y")] * 10
-    (forwards, _), (backwards, _) = evaluate.elo(games), evaluate.elo(games[::-1])
-    for name in forwards:
-        assert forwards[name]["elo"] == pytest.approx(backwards[name]["elo"], abs=1)
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
@@ -148,10 +170,6 @@ def first_wins(text):
     return "The first.\n[[A]]"
 
 
-def second_wins(text):
-    return "[[B]]"
-
-
 def ours_wins(text):
     _, second = re.findall(r"^by (\S+)$", text, re.MULTILINE)
     return "[[A]] or [[B]]?\n" + ("[[B]]" if second == "ours" else "[[A]]")
@@ -164,8 +182,10 @@ def ours_loses(text):
 
 @pytest.fixture
 def judged(monkeypatch, tokenizer, tmp_path):
-    """evaluate() on 80 prompts, with a scripted judge and responses that are made up. Returns
+    """evaluate() on n prompts, with a scripted judge and responses that are made up. Returns
     evaluation.json and how often the judge was asked."""
+    # The judge is asked from many threads, and a connection that finds the queue full waits 1 s.
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 99)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -178,22 +198,17 @@ def judged(monkeypatch, tokenizer, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "SECRET")
     monkeypatch.setattr(q, "load_tokenizer", load_tokenizer)
     monkeypatch.setattr(evaluate, "responses", responses)
-    records = []
-    for i in range(80):
-        records.append({"prompt": f"question {i}", "category": "odd" if i % 2 else "even"})
-    tiny_world.write_jsonl(tmp_path / "data.jsonl", records)
 
-    def run(reply, against=("x", "x+principle"), **options):
+    def run(reply, against=("x", "x+principle"), n=80, **options):
         Judge.reply = staticmethod(reply)
         Judge.asked.clear()
-        cfg = evaluate.Settings(
-            model="ours",
-            data=str(tmp_path / "data.jsonl"),
-            output_dir=str(tmp_path),
-            principle="P.",
-            dtype="float32",
-            eval_samples=80,
-        )
+        records = []
+        for i in range(n):
+            records.append({"prompt": f"question {i}", "category": "odd" if i % 2 else "even"})
+        tiny_world.write_jsonl(tmp_path / "data.jsonl", records)
+        files = {"data": str(tmp_path / "data.jsonl"), "output_dir": str(tmp_path)}
+        size = {"dtype": "float32", "eval_samples": n}
+        cfg = evaluate.Settings(model="ours", principle="P.", **files, **size)
         url = f"http://127.0.0.1:{server.server_port}/v1"
         options = {"judge_url": url, **options}
         evaluate.evaluate(cfg, evaluate.Evaluation(against=list(against), **options))
@@ -234,30 +249,30 @@ def test_the_better_answer_wins_wherever_it_stands(judged, capsys):
     judged(ours_loses, judge_model="another")
     assert "   0    0   80    0  0.000 (0.000 to 0.046)" in capsys.readouterr().out
 
-    result, asked = judged(lambda text: "no idea", judge_model="a third")
-    assert asked == 160
-    assert [pair["no_verdict"] for pair in result["pairs"]] == [80, 80]
+    result, asked = judged(lambda text: "no idea", n=20, judge_model="a third")
+    assert asked == 40
+    assert [pair["no_verdict"] for pair in result["pairs"]] == [20, 20]
     assert result["elo"] == {} and result["pairs"][0]["win_rate"] is None
 
 
 def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
-    judged(first_wins)
+    judged(first_wins, n=20)
     path = tmp_path / "verdicts.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:60]) + '{"index": 3, "ca')  # killed while it wrote
-    result, asked = judged(second_wins)
-    assert asked == 100
-    assert sum(pair["win"] + pair["lose"] for pair in result["pairs"]) == 160
-    _, asked = judged(first_wins)
+    path.write_text("".join(lines[:15]) + '{"index": 3, "ca')  # killed while it wrote
+    result, asked = judged(lambda text: "[[B]]", n=20)
+    assert asked == 25
+    assert sum(pair["win"] + pair["lose"] for pair in result["pairs"]) == 40
+    _, asked = judged(first_wins, n=20)
     assert asked == 0
 
     # What the verdicts depend on has changed: all are asked for again.
-    _, asked = judged(first_wins, judge_model="another judge")
-    assert asked == 160
+    _, asked = judged(first_wins, n=20, judge_model="another judge")
+    assert asked == 40
     for text in ("{first} or {second}?", "{second} or {first}?"):
         template = t.write(tmp_path / "template.txt", text)
-        _, asked = judged(first_wins, judge_template=template)
-        assert asked == 160
+        _, asked = judged(first_wins, n=20, judge_template=template)
+        assert asked == 40
 
 
 def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(
@@ -283,20 +298,22 @@ def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(
         judged(first_wins, against=["x"])
 
 
-def test_an_evaluation_that_cannot_work_says_so_at_once(judged, monkeypatch):
-    with pytest.raises(q.UserError, match="name at least one model"):
-        judged(first_wins, against=[])
-    with pytest.raises(q.UserError, match="--judge_template no: cannot be read"):
-        judged(first_wins, judge_template="no")
-    with pytest.raises(q.UserError, match="name every model once"):
-        judged(first_wins, against=["x", "ours"])
-    with pytest.raises(q.UserError, match="--no_judge: then name a --reward_model"):
-        judged(first_wins, judge=False)
+def test_an_evaluation_that_cannot_work_says_so_at_once(judged, tokenizer, tmp_path, monkeypatch):
+    save_reward_model(tmp_path / "two", tokenizer, t.CHAT_TEMPLATE, outputs=2)
+    for options, message in (
+        ({"against": []}, "name at least one model"),
+        ({"judge_template": "no"}, "--judge_template no: cannot be read"),
+        ({"against": ["x", "ours"]}, "name every model once"),
+        ({"judge": False}, "--no_judge: then name a --reward_model"),
+        ({"reward_model": str(tmp_path / "two")}, "two: has 2 outputs, a reward model has 1"),
+    ):
+        with pytest.raises(q.UserError, match=message):
+            judged(first_wins, **options)
     with monkeypatch.context() as m:
         m.delenv("OPENAI_API_KEY")
         with pytest.raises(q.UserError, match="OPENAI_API_KEY is not set"):
             judged(first_wins, judge_url=evaluate.OPENAI)
-        assert judged(first_wins)[1] == 160  # A server of one's own may ask for none.
+        assert judged(first_wins, n=20)[1] == 40  # A server of one's own may ask for none.
     with monkeypatch.context() as m:
         m.setenv("WORLD_SIZE", "2")
         with pytest.raises(q.UserError, match="this is a single process"):
@@ -304,8 +321,8 @@ def test_an_evaluation_that_cannot_work_says_so_at_once(judged, monkeypatch):
 
 
 def test_every_model_meets_every_other(judged, tmp_path):
-    result, asked = judged(ours_wins, against=["x", "x+principle"], all_pairs=True)
-    assert asked == 240
+    result, asked = judged(ours_wins, n=20, all_pairs=True)
+    assert asked == 60
     met = [(pair["a"], pair["b"]) for pair in result["pairs"]]
     assert met == [("ours", "x"), ("ours", "x+principle"), ("x", "x+principle")]
     assert list(result["elo"]) == ["ours", "x", "x+principle"]
@@ -321,7 +338,7 @@ def test_verdicts_of_several_runs_are_taken_together(judged, tmp_path, monkeypat
     """With no model, no key and no judge."""
     files = []
     for name in ("x", "y"):
-        judged(ours_wins, against=[name])
+        judged(ours_wins, against=[name], n=20)
         files.append(str(tmp_path / f"{name}.jsonl"))
         os.rename(tmp_path / "verdicts.jsonl", files[-1])
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -332,7 +349,7 @@ def test_verdicts_of_several_runs_are_taken_together(judged, tmp_path, monkeypat
     result = json.loads((tmp_path / "both" / "evaluation.json").read_text())
     assert Judge.asked == []
     assert [pair["b"] for pair in result["pairs"]] == ["x", "y"]
-    assert [pair["win"] + pair["lose"] for pair in result["pairs"]] == [80, 80]
+    assert [pair["win"] + pair["lose"] for pair in result["pairs"]] == [20, 20]
     assert list(result["elo"]) == ["ours", "x", "y"]
 
     t.write(tmp_path / "broken.jsonl", '{"index": 0}\n')
@@ -344,7 +361,7 @@ def test_verdicts_of_several_runs_are_taken_together(judged, tmp_path, monkeypat
 def test_a_judge_that_is_down_loses_nothing(judged, tmp_path, monkeypatch):
     import openai
 
-    judged(first_wins, against=["x"])
+    judged(first_wins, against=["x"], n=20)
     before = (tmp_path / "verdicts.jsonl").read_text()
     client = functools.partial(openai.OpenAI, max_retries=0)
     monkeypatch.setattr(openai, "OpenAI", lambda **_: client(base_url="http://127.0.0.1:9"))
@@ -386,7 +403,7 @@ def test_rewards_are_the_scores_of_the_reward_model(
     scores = {}
     for name in ("ours", "x", "x+principle"):
         scores[name] = []
-        for i in range(80):
+        for i in range(20):
             if chat_template:
                 turns = [t.user(f"question {i}"), t.assistant(f"by {name}")]
                 text = own.apply_chat_template(turns, tokenize=False)
@@ -395,7 +412,7 @@ def test_rewards_are_the_scores_of_the_reward_model(
                 ids = own(f"\n\nHuman: question {i}\n\nAssistant: by {name}")["input_ids"]
             scores[name].append(model(input_ids=torch.tensor([ids])).logits.item())
 
-    result, _ = judged(first_wins, reward_model=str(tmp_path / "reward"))
+    result, _ = judged(first_wins, n=20, reward_model=str(tmp_path / "reward"))
     first = torch.tensor(scores["x"])
     spread = first.std(correction=0)
     for name, values in scores.items():
@@ -479,12 +496,6 @@ def test_figure_6_says_what_it_lacks(finished_run):
         evaluate.evaluate(cfg, evaluate.Evaluation(run=run, reward_model=reward))
 
 
-def test_only_a_model_with_one_output_is_a_reward_model(judged, tokenizer, tmp_path):
-    save_reward_model(tmp_path / "two", tokenizer, t.CHAT_TEMPLATE, outputs=2)
-    with pytest.raises(q.UserError, match="two: has 2 outputs, a reward model has 1"):
-        judged(first_wins, reward_model=str(tmp_path / "two"))
-
-
 # ------------------------------------------------------------------------------------- Responses --
 
 
@@ -511,45 +522,55 @@ evaluate.respond(sys.argv[1])
     assert alive == []
 
 
+def serve(words):
+    """vllm serve, which the CPU package cannot start, in a process group of its own."""
+    os.setpgrp()
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    run_module("vllm.entrypoints.openai.api_server", words, one_process)
+
+
+@pytest.fixture(scope="session")
+def judge_server(toy):
+    """The port of a server of model b."""
+    port = t.free_port()
+    words = ["--model", str(toy / "b"), "--port", port, "--dtype", "float32", "--enforce-eager"]
+    words += ["--max-model-len", "1024", "--no-enable-chunked-prefill"]
+    server = t.Job(1, serve, [*words, "--distributed-executor-backend", "uni"])
+    yield port
+    os.killpg(server.ranks[0].pid, signal.SIGKILL)
+
+
+def respond_in_a_fork(command, check):
+    """As the process that is started anew in the test of credit, but for its imports."""
+    assert command[1:4] == ["-m", "experiments.evaluate", "respond"] and check
+    child = os.fork()
+    if child == 0:
+        evaluate.respond(command[4])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def compare(words):
+    """python -m experiments.evaluate, whose processes that sample are forks."""
+    os.environ["OPENAI_API_KEY"] = "x"
+    sys.argv = ["evaluate.py", *words]
+    evaluate.subprocess = types.SimpleNamespace(run=respond_in_a_fork)
+    q.main(evaluate.evaluate, (evaluate.Settings, evaluate.Evaluation))
+
+
 @t.processes
-def test_models_are_compared_end_to_end(toy, tmp_path):
+def test_models_are_compared_end_to_end(judge_server, toy, tmp_path):
     """Real responses and a real judge, a served model, through the real client. A second run asks
     neither again."""
-    port = t.free_port()
-    server = subprocess.Popen(
-        [  # vllm serve, which the CPU package cannot start
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", toy / "b"),
-            *("--port", port),
-            *("--dtype", "float32"),
-            *("--max-model-len", "1024"),
-            *("--enforce-eager", "--no-enable-chunked-prefill"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        start_new_session=True,
-    )
-
     out = tmp_path / "out"
     template = t.write(tmp_path / "template.txt", "{conversation} {first} {second} [[A]]?")
-    options = t.settings(
-        toy,
-        out,
-        *("--against", toy / "b", f"{toy / 'a'}+principle"),
-        *("--eval_samples", 3),
-        *("--judge_template", template),
-        *("--judge_url", f"http://127.0.0.1:{port}/v1"),
-        *("--judge_model", toy / "b"),
-    )
-    try:
-        for expected in (3, 0):  # The server starts while the models respond.
-            run = start("evaluate", *options, env={**os.environ, "OPENAI_API_KEY": "x"})
-            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
-            assert run.stdout.count("responds to 3 prompts") == expected
-            assert len(t.read_jsonl(out / "verdicts.jsonl")) == 6
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
+    words = ["--against", toy / "b", f"{toy / 'a'}+principle", "--eval_samples", 3]
+    words += ["--judge_template", template, "--judge_model", toy / "b"]
+    words += ["--judge_url", f"http://127.0.0.1:{judge_server}/v1"]
+    for expected in (3, 0):
+        said = t.Job(1, compare, t.settings(toy, out, *words)).result().stdout
+        assert said.count("responds to 3 prompts") == expected
+        assert len(t.read_jsonl(out / "verdicts.jsonl")) == 6
     result = json.loads((out / "evaluation.json").read_text())
     for pair in result["pairs"]:
         assert pair["win"] + pair["tie"] + pair["lose"] + pair["no_verdict"] == 3
@@ -575,11 +596,10 @@ def test_the_cut_is_pi_hats_alone():
 HOSTILE = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J"
 
 
-@pytest.fixture(scope="module")
-def credited(toy, tmp_path_factory):
-    """A folder in which both commands looked at the same responses, with two frozen models: one
-    response is the model's own, the others were given, and one of these is hostile. What only the
-    tests need is not there. Also what the two commands printed."""
+@pytest.fixture(scope="session")
+def credit_page(toy, tmp_path_factory):
+    """(prompts and responses, folder, options, job) of the credit of a response that is the model's
+    own and of others that are given, one of them hostile, with two frozen models."""
     out = tmp_path_factory.mktemp("credit")
     records = [
         {"prompt": "How do I paint the shelf?"},
@@ -591,26 +611,24 @@ def credited(toy, tmp_path_factory):
         {"prompt": "How do I paint the shelf?"},  # and another one
     ]
     tiny_world.write_jsonl(out / "data.jsonl", records)
-    options = t.settings(
-        toy,
-        out,
-        *("--data", out / "data.jsonl"),
-        *("--positive_model", toy / "b"),
-        *("--alpha", 1.7),
-    )
-    for package in ("pytest", "hypothesis"):
-        t.write(out / f"{package}.py", "raise ModuleNotFoundError('for tests alone')")
-    env = {**os.environ, "PYTHONPATH": str(out)}
-    page = start("credit", *options, "--samples", 9, env=env)
-    assert page.returncode == 0, page.stderr[-3000:]
-    sweep = start("credit", "alpha", *options, env=env)
-    assert sweep.returncode == 0, sweep.stderr[-3000:]
+    words = ["--data", out / "data.jsonl", "--positive_model", toy / "b", "--alpha", 1.7]
+    options = t.settings(toy, out, *words)
+    return records[:4], out, options, start("credit", *options, "--samples", 9)
+
+
+@pytest.fixture(scope="session")
+def credited(credit_page):
+    """The same, but for the options: what the page's command printed, and what the sweep over alpha
+    did, which looks at the same responses."""
+    records, out, options, job = credit_page
+    page = job.result()
+    sweep = start("credit", "alpha", *options).result()
     assert "responds to 1 prompts" in page.stdout
     assert "responds to" not in sweep.stdout
-    return records[:4], out, page.stdout, sweep.stdout
+    return records, out, page.stdout, sweep.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def oracle(toy, credited):
     """(logits of pi_0, logits of pi_plus, tokens) of every response in credit.jsonl."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -818,19 +836,16 @@ def test_method_flop_is_what_pytorch_counts():
 
 
 @t.processes
-def test_a_part_of_the_benchmark_runs_in_a_process_of_its_own():
-    row = bench.in_process(bench.bench_loss, T=8, d=16, V=100)
-    assert row["plain_seconds"] > 0 and row["fused_seconds"] > 0
-
-
-@t.processes
-def test_the_fused_loss_takes_the_memory_of_its_chunk():
+def test_the_parts_of_the_benchmark_run_in_processes_and_the_fused_loss_takes_little_memory():
     """Plain keeps several [T, V] tensors; fused keeps few [192, V] ones and the gradients."""
     size = {"T": 2048, "d": 64, "V": 8000}
-    plain, fused = (
-        bench.in_process(bench.bench_loss_memory, memory=True, name=name, **size)
-        for name in ("plain", "fused")
-    )
+    with ThreadPoolExecutor(3) as pool:
+        row = pool.submit(bench.in_process, bench.bench_loss, T=8, d=16, V=100)
+        plain, fused = pool.map(
+            lambda name: bench.in_process(bench.bench_loss_memory, memory=True, name=name, **size),
+            ("plain", "fused"),
+        )
+    assert row.result()["plain_seconds"] > 0 and row.result()["fused_seconds"] > 0
     whole = 2048 * 8000 * 4 / 2**20
     assert plain > 4 * whole and fused < whole
 
@@ -848,27 +863,21 @@ def test_the_fused_loss_takes_the_memory_of_its_chunk():
         (["credit"], "credit.py: error: the following arguments are required: --model"),
         (["plot", "none"], "plot.py: none: no run to draw"),
         (["plot", "none", "--output", "x.doc"], "plot.py: --output x.doc: has to end in .svg"),
+        *((words, None) for words in (["tiny_world"], ["tiny_world", "make"])),
+        *(([name, "a", "b"], None) for name in ("bench", "ablations")),
     ],
 )
-def test_user_errors_are_one_line_and_code_2(words, message, tmp_path):
-    if words[0] != "plot":
+def test_user_errors_are_one_line_or_the_usage_and_code_2(words, message, tmp_path):
+    name = words[0]
+    if name in ("evaluate", "credit"):
         words = [*words, "--output_dir", tmp_path]
-    run = start(*words)
+    run = start(*words).result(check=False)
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    (line,) = (run.stdout + run.stderr).splitlines()
-    assert line.startswith(message)
-
-
-@t.processes
-def test_a_word_too_many_or_too_few_shows_the_usage():
-    for words in (
-        ["tiny_world"],
-        ["tiny_world", "make"],
-        ["bench", "a", "b"],
-        ["ablations", "a", "b"],
-    ):
-        run = start(*words)
-        assert run.returncode == 2 and f"python -m experiments.{words[0]}" in run.stdout
+    if message:
+        (line,) = (run.stdout + run.stderr).splitlines()
+        assert line.startswith(message)
+    else:
+        assert f"python -m experiments.{name}" in run.stdout
 
 
 def test_the_readme_names_every_option():
@@ -879,27 +888,20 @@ def test_the_readme_names_every_option():
 
 
 @t.processes
-@pytest.mark.parametrize(
-    "command, script, more",
-    [
-        ("evaluate", "evaluate.py", ["--against", "x"]),
-        ("credit", "credit.py", ["--samples", "3"]),
-        ("alpha", "credit.py", []),
-    ],
-)
-def test_run_sh_runs_the_commands_without_a_launcher(command, script, more, toy, tmp_path):
+def test_run_sh_runs_the_commands_without_a_launcher(toy, tmp_path):
     """From any folder, and with their exit code."""
     none = tmp_path / "none"
-    run = subprocess.run(
-        [HERE / "run.sh", command, "--model", none, "--data", toy / "data.jsonl", *more],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OPENAI_API_KEY": "x"},
-    )
-    assert run.returncode == 2, run.stdout + run.stderr
-    assert f"{script}: {none}: no model folder or hub id that loads" in run.stdout
-    assert "launch.py" not in run.stdout + run.stderr
+    jobs = {}
+    for word, *more in (["evaluate", "--against", "x"], ["credit", "--samples", "3"], ["alpha"]):
+        command = [HERE / "run.sh", word, "--model", none, "--data", toy / "data.jsonl", *more]
+        environment = {**os.environ, "OPENAI_API_KEY": "x"}
+        jobs[word] = t.Launched(command, cwd=tmp_path, env=environment)
+    for word, job in jobs.items():
+        run = job.result()
+        assert run.returncode == 2, run.stdout + run.stderr
+        script = "evaluate.py" if word == "evaluate" else "credit.py"
+        assert f"{script}: {none}: no model folder or hub id that loads" in run.stdout
+        assert "launch.py" not in run.stdout + run.stderr
 
 
 @t.processes
@@ -932,16 +934,28 @@ def test_main_job(tmp_path):
 # ------------------------------------------------------------------------------------- Ablations --
 
 
-def test_the_ablations_are_short_and_take_the_core_alone():
-    """So the core can be pasted into another codebase."""
-    source = (HERE / "experiments" / "ablations.py").read_text()
-    assert len(source.splitlines()) <= 200
+def imports_of(path):
+    """{package: names} of all that a file imports, wherever it does so."""
     imported = collections.defaultdict(set)
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             imported[node.module.split(".")[0]] |= {name.name for name in node.names}
         elif isinstance(node, ast.Import):
             imported |= {name.name.split(".")[0]: {"all of it"} for name in node.names}
+    return imported
+
+
+def test_what_only_the_tests_need_is_imported_by_them_alone():
+    for path in (HERE / "inverse_q.py", *(HERE / "experiments").glob("*.py")):
+        if path.name != "test_experiments.py":
+            assert not {"pytest", "hypothesis", "test_inverse_q"} & set(imports_of(path)), path
+
+
+def test_the_ablations_are_short_and_take_the_core_alone():
+    """So the core can be pasted into another codebase."""
+    path = HERE / "experiments" / "ablations.py"
+    assert len(path.read_text().splitlines()) <= 200
+    imported = imports_of(path)
     core = {"superior_policy", "soft_label_loss", "token_credit", "logits"}
     assert imported["inverse_q"] <= core and imported["experiments"] == {"tiny_world"}
     assert not {"deepspeed", "vllm"} & set(imported)
@@ -974,16 +988,9 @@ def test_the_ablations_run_without_deepspeed_and_vllm(tmp_path):
 
 def small_batch():
     """A policy and its teacher in float64, prompts without and with the principle, responses."""
-    samples = t.some_samples(3)
-    x = [sample.prompt_ids for sample in samples]
-    x_plus = [sample.principle_prompt_ids for sample in samples]
-    return (
-        t.small_llama(0).double(),
-        t.small_llama(1).double(),
-        x,
-        x_plus,
-        [s.response_ids for s in samples],
-    )
+    keys = "prompt_ids", "principle_prompt_ids", "response_ids"
+    x, x_plus, y = ([vars(sample)[key] for sample in t.some_samples(3)] for key in keys)
+    return t.small_llama(0), t.small_llama(1), x, x_plus, y
 
 
 @pytest.mark.parametrize(
