@@ -168,46 +168,51 @@ def make_llama(seed=0, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
 
 
-def make_batches(rng, tokenizer):
-    """Batches without end of token ids of 48 dialogues with their last reply, [48, L], and the
-    labels of their tokens. Dialogues of similar length share a batch: half of one would be padding.
+def make_batch(rng, tokenizer):
+    """Token ids of 48 dialogues with their last reply, and the labels of their tokens: four pairs
+    of [12, L]. Dialogues of similar length are together, or half of the tokens would be padding.
     """
-    while True:
-        rows = []
-        for _ in range(8 * 48):
-            shown = rng.random() < 0.5
-            p_good = SHOWN if shown else NOT_SHOWN
-            turns, verb, thing = make_dialogue(rng, p_good)
-            turns.append({"role": "assistant", "content": make_reply(rng, verb, thing, p_good)})
-            if shown:
-                turns.insert(0, {"role": "system", "content": PRINCIPLE})
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
-            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        rows.sort(key=len)
-        for start in rng.sample(range(0, len(rows), 48), 8):
-            some = rows[start : start + 48]
-            length = max(map(len, some))
-            ids = torch.tensor([row + [1] * (length - len(row)) for row in some])
-            labels = torch.tensor([row + [-100] * (length - len(row)) for row in some])
-            yield ids, labels  # The label -100 is none.
+    rows = []
+    for _ in range(48):
+        shown = rng.random() < 0.5
+        p_good = SHOWN if shown else NOT_SHOWN
+        turns, verb, thing = make_dialogue(rng, p_good)
+        turns.append({"role": "assistant", "content": make_reply(rng, verb, thing, p_good)})
+        if shown:
+            turns.insert(0, {"role": "system", "content": PRINCIPLE})
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    rows.sort(key=len)
+    parts = []
+    for start in range(0, 48, 12):
+        some = rows[start : start + 12]
+        length = len(some[-1])
+        ids = torch.tensor([row + [1] * (length - len(row)) for row in some])
+        labels = torch.tensor([row + [-100] * (length - len(row)) for row in some])
+        parts.append((ids, labels))  # -100: no label
+    return parts
 
 
 def train_base(rng, model, tokenizer, steps):
     """Teach a model what people in this world say, with and without the principle."""
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    start, batches = time.perf_counter(), make_batches(rng, tokenizer)
+    start = time.perf_counter()
     for step in range(1, steps + 1):
-        ids, labels = next(batches)
-        loss = model(input_ids=ids, labels=labels).loss
+        parts = make_batch(rng, tokenizer)
+        counts = [(labels[:, 1:] != -100).sum().item() for _, labels in parts]
+        mean = 0.0  # of the loss, over the tokens of all parts
         optimizer.zero_grad()
-        loss.backward()
+        for (ids, labels), count in zip(parts, counts, strict=True):
+            loss = model(input_ids=ids, labels=labels).loss * (count / sum(counts))
+            loss.backward()
+            mean += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
             seconds = time.perf_counter() - start
-            print(f"  step {step}/{steps}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+            print(f"  step {step}/{steps}, loss {mean:.3f}, {seconds:.0f} s", flush=True)
 
 
 def make_world(folder, steps=350):
