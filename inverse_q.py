@@ -436,9 +436,7 @@ class Sampler:
             max_model_len=length,
             max_num_batched_tokens=max(8192, length),
             max_num_seqs=min(share, 512),
-            hf_overrides={"head_dtype": "float32"}
-            if gpu
-            else None,  # float32 logits, as in training
+            hf_overrides={"head_dtype": "float32"} if gpu else None,  # as training's logits
             enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
             tensor_parallel_size=cfg.tensor_parallel_size,
             distributed_executor_backend="external_launcher",  # This process is the worker.
