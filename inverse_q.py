@@ -14,8 +14,8 @@ THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t 
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
-Z makes the probabilities sum to 1; N is the number of response tokens of an optimizer step, over
-which t runs. This is all that training computes. One epoch (sec. 5) has three steps:
+Z makes the probabilities of a token sum to 1; t runs over all response tokens of an optimizer step,
+N in number. This is all that training computes. One epoch (sec. 5) has three steps:
   1. Sample a response to each of 500 prompts from the current policy, with vLLM.
   2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat.
   3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N.
@@ -29,9 +29,10 @@ weight of the KL penalty.
 
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
 mean of KL(pi_hat || pi_theta) over the tokens of the samples. Lemma 4.1: mixing pi_hat into
-pi_theta never lowers J, if distributions over whole responses are mixed; mixtures token by token
-are not covered. The value of a state is the reward of its prefix, so no critic is learnt. The
-credit of a token is V(s_{t+1}) - V(s_t), a step that the paper leaves out.
+pi_theta never lowers J, because KL is convex, if distributions over whole responses are mixed;
+mixtures token by token are not covered. The value of a state is the reward of its prefix, because
+the continuations of pi_hat sum to 1; so no critic is learnt. The credit of a token is
+V(s_{t+1}) - V(s_t), a step that the paper leaves out.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy (as it
@@ -113,8 +114,8 @@ class Config:
 
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
-    principle: str | None = option(None, "What pi_plus is shown (sec. 4.2), text or @FILE.")
-    positive_model: str | None = option(None, "pi_plus (sec. 5.3). Default: pi_0's model.")
+    principle: str | None = option(None, "Text or @FILE that pi_plus is shown (sec. 4.2).")
+    positive_model: str | None = option(None, "pi_plus (sec. 5.3), of itself without principle.")
     negative_model: str | None = option(None, "pi_0 instead of --model: an SFT model (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
     plausibility: float = option(0.0, "Drop tokens below this part of pi_plus's top one.")
@@ -194,7 +195,7 @@ def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def soft_label_loss(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Labels, tokens: Tensor, chunk: int = 192
+    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Labels, tokens: Tensor, chunk: int = 256
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
 
@@ -552,7 +553,7 @@ class SuperiorPolicy:
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
     because each chunk of the loss needs them. Collective to build. For another teacher, put another
     such class in its place in train(): it takes samples, possibly none, and returns a function from
-    rows to log pi_hat that makes no collective calls."""
+    rows to finite log pi_hat, [t, V], that makes no collective calls."""
 
     def __init__(self, cfg: Config, ds_config: dict):
         import deepspeed
@@ -576,9 +577,7 @@ class SuperiorPolicy:
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
-        if (
-            body_0 is body_plus
-        ):  # One forward of both contexts, T tokens each: weights are gathered once.
+        if body_0 is body_plus:  # Both contexts in one forward gather the weights once.
             h_0, h_plus = final_states(body_0, plain + shown).chunk(2)
         else:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
@@ -867,7 +866,7 @@ class Run:
         self.epoch = on_rank_0(self.open, settings)
 
     def open(self, settings: dict) -> int:
-        """Lock the folder, refuse that of another run, and return the last saved epoch, or 0."""
+        """On rank 0: lock the folder, refuse another run's, return the last saved epoch or 0."""
         for folder in (self.folder / "samples", self.state):
             folder.mkdir(parents=True, exist_ok=True)
         place = f"--output_dir {self.folder}"
@@ -876,7 +875,7 @@ class Run:
             # The kernel gives the lock back however this process ends.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         config, done = self.folder / "config.json", self.state / "done.json"
-        saved = json.loads(config.read_text()) if config.exists() else settings
+        saved = json.loads(config.read_text()) if done.exists() else settings
         # These may change when a run is resumed, because the method stays the same.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
@@ -899,12 +898,13 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
 
     def write(self, name: str, text: str):
+        """On rank 0: make or replace a text file, as a whole."""
         new = self.folder / f"{name}.new"
         new.write_text(text)
         new.replace(self.folder / name)
 
     def log(self, kind: str, epoch: int, step: int, record: dict[str, float]):
-        """A line of metrics.jsonl, and an event for DeepSpeed's monitors if there are any."""
+        """On rank 0: a line of metrics.jsonl, and an event for DeepSpeed's monitors, if any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **record}) + "\n")
         self.monitor.write_events([(f"{kind}/{key}", record[key], step) for key in record])
