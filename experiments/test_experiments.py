@@ -837,7 +837,7 @@ def test_method_flop_is_what_pytorch_counts():
 
 @t.processes
 def test_the_parts_of_the_benchmark_run_in_processes_and_the_fused_loss_takes_little_memory():
-    """Plain keeps several [T, V] tensors; fused keeps few [192, V] ones and the gradients."""
+    """Plain keeps several [T, V] tensors; fused keeps few [256, V] ones and the gradients."""
     size = {"T": 2048, "d": 64, "V": 8000}
     with ThreadPoolExecutor(3) as pool:
         row = pool.submit(bench.in_process, bench.bench_loss, T=8, d=16, V=100)
