@@ -724,15 +724,15 @@ def train(cfg: Config):
         drawn = draw_prompts(prompts, cfg.samples_per_epoch, epoch, cfg.seed)
         samples = sampler.sample(drawn, tag=epoch)
         sampled = time.perf_counter()
+        measured = {"sync_seconds": synced - start, "sample_seconds": sampled - synced}
         unseen = sampler.sample(held_out, tag="held out")
         sampler.llm.sleep(level=2)
         run.save_samples(f"epoch-{epoch:03d}", samples)
-        evaluation = {}
         if unseen:  # The policy before it is fitted in this epoch.
             run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
             result = compare(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
-            evaluation["eval_kl"] = result["kl"]
-            evaluation["eval_response_tokens_mean"] = result["tokens"] / len(unseen)
+            measured["eval_kl"] = result["kl"]
+            measured["eval_response_tokens_mean"] = result["tokens"] / len(unseen)
 
         # 2. Contrast and 3. fit, batch by batch.
         steps, fitting = [], time.perf_counter()
@@ -744,12 +744,10 @@ def train(cfg: Config):
             record = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place, max_gap)
             steps.append(record)
             on_rank_0(run.log, "step", epoch, step, record)
-        fitted = time.perf_counter()
+        measured["train_seconds"] = time.perf_counter() - fitting
 
         # Log and save.
-        seconds = {"sync_seconds": synced - start, "sample_seconds": sampled - synced}
-        seconds["train_seconds"] = fitted - fitting
-        record = epoch_record(samples, steps) | seconds | evaluation
+        record = epoch_record(samples, steps) | measured
         on_rank_0(run.log, "epoch", epoch, step, record)
         left = (cfg.epochs - epoch) * (time.perf_counter() - start)
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in record.items())
