@@ -835,10 +835,10 @@ def read_prompts(records: Iterable, chat: Chat, limit: int, left_out: Counter) -
 def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed: int) -> tuple:
     """`count` distinct prompts of data, drawn at random, or all if it has fewer; and how many of
     the records that were looked at were left out, by reason."""
-    records = list(tqdm(read_records(data, split), f"Reading {data}", unit=" records"))
+    records, distinct, left_out = list(read_records(data, split)), {}, Counter()
     random.Random(seed).shuffle(records)
-    distinct, left_out = {}, Counter()
-    for prompt, _ in read_prompts(records, chat, limit, left_out):
+    prompts = read_prompts(records, chat, limit, left_out)
+    for prompt, _ in tqdm(prompts, f"Prompts of {data}", total=count, leave=False):
         key = json.dumps(prompt)
         left_out["duplicate"] += key in distinct
         distinct[key] = prompt
