@@ -1363,6 +1363,15 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
         a_run(tmp_path, 2, monkeypatch)
 
 
+def test_a_run_that_saved_nothing_does_not_keep_its_folder(tmp_path, monkeypatch, one_rank):
+    """It did not get over its first models, say, and is started again with other settings."""
+    os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), {}, []).lock)
+    a_run(tmp_path, 1, monkeypatch, alpha=1.5)
+    assert json.loads((tmp_path / "config.json").read_text())["alpha"] == 1.5
+    with pytest.raises(q.UserError, match=r"alpha 1\.5 there, 1\.4 here"):
+        a_run(tmp_path, 2, monkeypatch)
+
+
 def test_secrets_of_monitors_are_not_written(tmp_path, one_rank):
     ds_config = {"gradient_clipping": 1.0, "comet": {"api_key": "SECRET"}}
     os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), ds_config, []).lock)
