@@ -2135,7 +2135,8 @@ def watch_weights():
             return step(engine, *rest)
         except q.UserError:
             same = all(p.ds_tensor.equal(b) for p, b in zip(weights, before, strict=True))
-            print("SAME", same, len(weights), flush=True)
+            sys.stdout.write(f"SAME {same} {len(weights)}\n")  # in one piece, for two ranks
+            sys.stdout.flush()
             raise
 
     q.optimizer_step = watched
