@@ -14,46 +14,41 @@ THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t 
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
   loss             L = -1/N sum_t sum_v pi_hat(v|s_t) log pi_theta(v|s_t)               (sec. 4.1)
 
-Z makes the probabilities of a token sum to 1; t runs over all response tokens of an optimizer step,
-N in number. This is all that training computes. One epoch (sec. 5) has three steps:
+Z makes the probabilities over the vocabulary sum to 1; t runs over all N response tokens of an
+optimizer step. This is all that training computes. One epoch (sec. 5) has three steps:
   1. Sample a response to each of 500 prompts from the current policy, with vLLM.
   2. Contrast: pi_0 and pi_plus read every response, and together they give pi_hat.
   3. Fit pi_theta to pi_hat as soft labels; dL/dlogits = (pi_theta - pi_hat) / N.
 
-WHY IT IS REINFORCEMENT LEARNING.  What follows explains the loss and never enters it. beta is the
-weight of the KL penalty.
+WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. beta weighs the KL.
   reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]            (eq. 6)
   objective        J(pi) = E_pi[r] - beta KL(pi || pi_0) = -beta KL(pi || pi_hat)       (eq. 3, 5)
   value            V(s_t) = beta log E_pi_0[exp(r(x, y) / beta) | s_t] = r(x, y_<t)     (eq. 7-10)
-  credit           A(s_t, a_t) = beta [ log pi_hat(a_t|s_t) - log pi_0(a_t|s_t) ]
+  credit           A(s_t, a_t) = V(s_{t+1}) - V(s_t), a step that the paper leaves out
 
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
-mean of KL(pi_hat || pi_theta) over the tokens of the samples. Lemma 4.1: mixing pi_hat into
-pi_theta never lowers J, because KL is convex, if distributions over whole responses are mixed;
-mixtures token by token are not covered. The value of a state is the reward of its prefix, because
-the continuations of pi_hat sum to 1; so no critic is learnt. The credit of a token is
-V(s_{t+1}) - V(s_t), a step that the paper leaves out.
+mean of KL(pi_hat || pi_theta) over the tokens of the samples. A state is worth the reward of its
+prefix, because pi_hat's continuations of it sum to 1; so no critic is learnt. Lemma 4.1, by which
+mixing pi_hat into pi_theta never lowers J, mixes distributions over whole responses, not tokens.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy (as it
              was when the epoch began); fresh prompts every epoch, and one response to each.
-  Batch      16 samples per optimizer step: the paper's 2 per GPU on 8 GPUs. The last step of an
-             epoch takes what remains. N counts over all micro-batches and ranks of the step.
+  Batch      16 samples per optimizer step, the paper's 2 per GPU on 8 GPUs; an epoch's last step
+             takes what remains. N counts over all micro-batches and ranks of the step.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
   Labels     The whole vocabulary, at every response token including its end token. A response that
              was cut at the limit has no end token, and is fitted as far as it goes.
 
-RUN     ./run.sh                               a demonstration with a tiny model, on any machine
-        deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5       the paper's setting
+RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a tiny world)
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
-RANKS   DeepSpeed's launcher runs this file once per GPU. ZeRO-3 shards all weights over these ranks
-        but vLLM's and the frozen output layers. "Collective": every rank has to make this call, in
-        the same order, because the ranks wait for one another in it.
+RANKS   DeepSpeed runs this file once per GPU, a rank each. ZeRO-3 shards all weights over them but
+        for vLLM's and the frozen output layers. "Collective": all ranks have to make this call, in
+        the same order, because they wait for one another in it.
 """
 
 import contextlib
 import copy
-import fcntl
 import gzip
 import itertools
 import json
@@ -62,34 +57,31 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+import deepspeed
 import huggingface_hub
 import jinja2
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-# vLLM and DeepSpeed are imported where they are used, because they take seconds.
 
 # ---------------------------------------------------------------------------------------- Config --
 # The content of the paper's principle (app. C) in our own words.
@@ -114,11 +106,11 @@ class Config:
 
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
-    principle: str | None = option(None, "Text or @FILE that pi_plus is shown (sec. 4.2).")
-    positive_model: str | None = option(None, "pi_plus (sec. 5.3), of itself without principle.")
-    negative_model: str | None = option(None, "pi_0 instead of --model: an SFT model (sec. 5.3).")
+    principle: str | None = option(None, "Text that pi_plus is shown; has a default (sec. 4.2).")
+    positive_model: str | None = option(None, "pi_plus, by default without a principle (sec. 5.3).")
+    negative_model: str | None = option(None, "pi_0, and pi_plus unless that is given (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
-    plausibility: float = option(0.0, "Drop tokens below this part of pi_plus's top one.")
+    plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best.")
     # Prompts and responses.
     data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
     eval_data: str | None = option(None, "Held-out prompts; kl is measured before each epoch.")
@@ -126,21 +118,18 @@ class Config:
     max_prompt_tokens: int = option(1024, "Limit of a prompt, principle included.")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
     temperature: float = option(1.0, "Temperature of sampling.")
-    date: str = option("2024-08-27", "Today, for chat templates that print it.")
-    # Training.
+    # Training, its memory and its files.
     epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
     samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
-    batch_size: int = option(16, "Samples of an optimizer step over all ranks.")
+    batch_size: int = option(16, "Samples of an optimizer step (2 on each of 8 GPUs, app. A).")
     learning_rate: float = option(1e-6, "Constant rate of AdamW (sec. 5).")
     seed: int = option(0, "Seed of the choice of prompts and of sampling.")
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Type of the weights.")
-    # Memory, speed and files.
     micro_batch_tokens: int = option(4096, "Padded tokens of the policy's forward pass.")
     activation_checkpointing: bool = option(True, "Recompute layers to save memory.")
     gpu_memory_utilization: float = option(0.5, "Share of GPU memory for vLLM.")
     tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
     ds_config: str = option(f"{Path(__file__).parent}/ds_config.json", "DeepSpeed's own settings.")
-    trust_remote_code: bool = option(False, "Run Python code that a model's repository brings.")
     output_dir: str = option("out", "Output folder; a run found in it is resumed.")
     save_every: int = option(1, "Save every so many epochs.")
 
@@ -152,12 +141,7 @@ class Config:
             self.principle = PRINCIPLE
 
 
-# -------------------------------------------------------------------------------------- The core --
-# Pure functions of tensors, which need only PyTorch and can be pasted into another codebase.
-
-Labels = Callable[[slice], Tensor]  # log pi_hat for a slice of the T response tokens, [t, V]
-
-
+# --------------------------------- The core, which needs only PyTorch and can be pasted anywhere --
 def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
 
@@ -173,14 +157,6 @@ def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: flo
     return z_hat.log_softmax(-1)
 
 
-def token_credit(log_pi_hat: Tensor, log_pi_0: Tensor, tokens: Tensor, beta: float = 1) -> Tensor:
-    """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)], [..., T] (from eq. 6-10).
-
-    The policies are [..., T, V], the tokens a_t [..., T]; the unit is nats for beta = 1. The sum
-    over t is the reward of the response (eq. 6). For analysis: training does not need it."""
-    return beta * (log_pi_hat - log_pi_0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 where a and b are narrower: bfloat16 has steps of 0.125 from 16 on."""
     if a.dtype.itemsize > 2:
@@ -194,27 +170,19 @@ def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return z if bias is None else z + bias
 
 
-def soft_label_loss(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Labels, tokens: Tensor, chunk: int = 256
-) -> tuple[Tensor, Tensor, Tensor]:
+class SoftLabelLoss(torch.autograd.Function):
     """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
 
     h [T, d] holds the policy's final hidden states at the positions that predict the response
-    tokens, tokens [T]; weight [V, d] and bias [V] or None are the output layer. Returns
-      H(pi_hat, pi_theta), summed over the tokens, in nats, to be divided by N
-      H(pi_hat), likewise; the difference of the two is KL(pi_hat || pi_theta)
-      log pi_theta(a_t|s_t), [T]
-    Only the first has a gradient, for a single backward pass. It is made in closed form together
-    with the loss, `chunk` tokens at a time, so that no [T, V] tensor ever exists."""
-    fit = torch.is_grad_enabled()  # Read here, because inside forward() it is always off.
-    return SoftLabelLoss.apply(h, weight, bias, labels, tokens, chunk, fit)
-
-
-class SoftLabelLoss(torch.autograd.Function):
-    """soft_label_loss() with its gradient."""
+    tokens, tokens [T]; weight [V, d] and bias [V] or None are the output layer; labels is a
+    function from a slice of the tokens to finite log pi_hat, [t, V]. Returns H(pi_hat, pi_theta)
+    and H(pi_hat), both summed over the tokens, in nats; their difference is KL(pi_hat || pi_theta);
+    and log pi_theta(a_t|s_t), [T]. Only the first has a gradient, if h requires one, and for one
+    backward pass. It is made together with the loss, so that no [T, V] tensor ever exists."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, labels, tokens, chunk, fit):
+    def forward(ctx, h, weight, bias, labels, tokens, chunk=256):
+        fit = ctx.needs_input_grad[0]
         wide = torch.promote_types(h.dtype, torch.float32)
         cross_entropy = torch.zeros((), dtype=torch.float64, device=h.device)
         entropy = torch.zeros_like(cross_entropy)
@@ -235,7 +203,7 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # In place, because these are the largest tensors. backward() divides by N.
+            # In place, because these are the largest tensors. 1/N comes with backward()'s scale.
             pi_theta = log_pi_theta.exp_()
             grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [t, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -258,7 +226,7 @@ class SoftLabelLoss(torch.autograd.Function):
         # Scaled in place and no longer referred to here, they become .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.mul_(scale) for g in gradients)
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None
 
 
 # ------------------------------------------------------------------------------------------ Data --
@@ -282,10 +250,9 @@ def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str,
 
 
 def prompt_of(record: dict) -> list[Message]:
-    """The prompt of a record, whose last turn is the user's, or [] if it has none.
-
-    It is `prompt` or `messages`, or else the first turns, as far as `chosen` and `rejected` share
-    them (sec. 5.1). Two plain texts are two replies, and share no prompt."""
+    """The prompt in a record, which ends with a user's turn, or [] if it has none: its `prompt` or
+    `messages`, or else the first turns, as far as `chosen` and `rejected` share them (sec. 5.1).
+    Two plain texts are two replies, and share no prompt."""
     conversation = record.get("prompt", record.get("messages"))
     if conversation is not None:
         turns = turns_of(conversation, "user")
@@ -293,12 +260,11 @@ def prompt_of(record: dict) -> list[Message]:
         sides = [turns_of(record[key], "assistant") for key in ("chosen", "rejected")]
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
         turns = [turn for turn, _ in pairs]
-
     # Chat templates want the user to speak first and roles to alternate. Many drop or refuse a
     # system turn mid-dialogue, so it becomes part of a user turn.
     prompt: list[Message] = []
     for role, text in turns:
-        last = prompt[-1]["role"] if prompt else "system"  # Nothing yet counts as system.
+        last = prompt[-1]["role"] if prompt else "system"  # An empty prompt counts as system.
         if role == "system" and last != "system":
             role = "user"
         if not text or (role == "assistant" and last == "system"):
@@ -312,18 +278,10 @@ def prompt_of(record: dict) -> list[Message]:
     return prompt
 
 
-def draw_prompts(prompts: list[list[Message]], count: int, epoch: int, seed: int) -> list:
-    """The prompts of epoch 1, 2, ...: the next `count`. Once all are used, they are shuffled anew.
-    What is drawn follows from the seed, and so a resumed run draws the same."""
-    order, n = list(prompts), len(prompts)
-    for k in range(1, math.ceil(epoch * count / n)):
-        order += random.Random(f"{seed}/{k}").sample(prompts, n)
-    return order[(epoch - 1) * count : epoch * count]
-
-
 # --------------------------------------------------------------------------------------- Prompts --
-# Vicuna v1.5 has no chat template. This is FastChat's format vicuna_v1.1. The space after the BOS
-# stands for the one that SentencePiece adds to a text without a written BOS, as FastChat's is.
+TODAY = datetime(2024, 8, 27)  # for templates that print it: a resumed run needs equal contexts
+# FastChat's vicuna_v1.1, because Vicuna v1.5 has no chat template. The space after the BOS is the
+# one that SentencePiece puts before a text; after a BOS that is written out it does not.
 VICUNA_TEMPLATE = (
     "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -334,15 +292,24 @@ VICUNA_TEMPLATE = (
 )
 
 
+def default_text(plain: str, shown: str) -> str:
+    """What stands in `plain` in place of the "<S>" in `shown`, if the rest is equal but for white
+    space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    a, b = "".join(plain.split()), "".join(shown.split())
+    start, size = b.index("<S>"), len("<S>") + (len(a) - len(b)) // b.count("<S>")
+    text = a[start : start + size]
+    spaced = r"\s*".join(map(re.escape, text))  # matches it with its white space
+    return re.search(spaced, plain)[0] if b.replace("<S>", text) == a else ""
+
+
 class Chat:
     """A tokenizer's chat format, and where the principle goes in it: the only difference between
     the contexts of pi_0 and pi_plus. The principle follows the system text that pi_0 sees, the
     prompt's own or the template's default. Without such a text the principle is the system message.
     Where a template takes no system message, that is put before the first user turn's text."""
 
-    def __init__(self, tokenizer, principle: str | None, date: str):
+    def __init__(self, tokenizer, principle: str | None):
         self.tokenizer, self.principle = tokenizer, principle
-        self.today = datetime.fromisoformat(date)
         if not tokenizer.chat_template:
             say("There is no chat template: the format of prompts is Vicuna's")
             tokenizer.chat_template = VICUNA_TEMPLATE
@@ -356,12 +323,6 @@ class Chat:
             shown = self.render([{"role": "system", "content": "<S>"}, question])
         self.has_system = "<S>" in shown
         self.default_system = default_text(plain, shown) if self.has_system else ""
-        # Apart from one insertion and white space, the two contexts have to be equal.
-        a, b = squeeze(plain), squeeze(self.render(self.with_principle([question])))
-        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-        rest = a[len(list(alike)) :]
-        if not b.endswith(rest):
-            say(f"Warning: contexts differ by more than the principle, from {rest!r:.60} on")
 
     def render(self, messages: list[Message]) -> str:
         """Text of the context up to where the response begins; UserError if the template fails."""
@@ -369,8 +330,7 @@ class Chat:
             system, user, *rest = messages
             content = f"{system['content']}\n\n{user['content']}"
             messages = [{"role": "user", "content": content}, *rest]
-        # A date that changed at midnight, or before a run is resumed, would change the contexts.
-        options = {"add_generation_prompt": True, "strftime_now": self.today.strftime}
+        options = {"add_generation_prompt": True, "strftime_now": TODAY.strftime}
         mistakes = jinja2.TemplateError, TypeError, ValueError
         with as_user_error("the chat template of --model fails", *mistakes):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -386,20 +346,20 @@ class Chat:
         system = self.default_system
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        text = system.rstrip()  # White space at its end stays last.
-        content = f"{text} {self.principle}".lstrip() + system[len(text) :]
+        content = f"{system} {self.principle}".lstrip()
         return [{"role": "system", "content": content}, *messages]
 
     def shorten(self, messages: list[Message], limit: int) -> list[Message]:
-        """The messages without the oldest turns, so that both contexts have at most `limit` tokens;
-        [] if that leaves none. A system text stays."""
-        while messages:
+        """The messages without the oldest turns, so that both contexts have at most `limit` tokens.
+        A system text stays. UserError if this leaves none, or if the template refuses them."""
+        check(messages, "without a prompt")
+        while True:
             contexts = self.ids(messages), self.ids(self.with_principle(messages))
             if max(map(len, contexts)) <= limit:
-                break
+                return messages
             first, *later = (n for n, turn in enumerate(messages) if turn["role"] == "user")
-            messages = messages[:first] + messages[later[0] :] if later else []
-        return messages
+            check(later, "too long")
+            messages = messages[:first] + messages[later[0] :]
 
 
 # -------------------------------------------------------------------------------------- Sampling --
@@ -423,7 +383,7 @@ class Sampler:
     before the training engines, because its share of the GPU's memory has to be free then."""
 
     def __init__(self, cfg: Config, chat: Chat):
-        from vllm import LLM
+        from vllm import LLM  # Here and not above, because it takes seconds.
 
         self.cfg, self.chat = cfg, chat
         threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1")))
@@ -433,9 +393,7 @@ class Sampler:
         self.llm = LLM(
             cfg.model,
             dtype=cfg.dtype,
-            trust_remote_code=cfg.trust_remote_code,
             max_model_len=length,
-            max_num_batched_tokens=max(8192, length),
             max_num_seqs=min(share, 512),
             hf_overrides={"head_dtype": "float32"} if gpu else None,  # as training's logits
             enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
@@ -458,16 +416,6 @@ class Sampler:
         log.setLevel(logging.WARNING)
         log.addFilter(refuse)
 
-    def unpatched(self):
-        """A context in which transformers makes models without vLLM's patches."""
-        from vllm.config import set_current_vllm_config
-
-        # For a model that it has no code of its own for, vLLM 0.32.0 patches transformers' class.
-        # Training's instances then need a vLLM config; compilation mode 0 switches the patch off.
-        config = copy.deepcopy(self.llm.llm_engine.vllm_config)
-        config.compilation_config.mode = 0
-        return set_current_vllm_config(config)
-
     def load(self, weights: Iterator[tuple[str, Tensor]]):
         """Collective: wake up, and load the policy's weights, (name, whole tensor) of each."""
 
@@ -477,8 +425,7 @@ class Sampler:
                     layer.quant_method.process_weights_after_loading(layer)
 
         torch.cuda.empty_cache()  # Give vLLM the memory that PyTorch caches.
-        # Weights need their memory before they are loaded. The KV cache wakes last, because it
-        # would leave no room to gather weights in.
+        # The KV cache wakes last. Until then its memory is free for gathering whole weights.
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.apply_model(repack)
@@ -509,8 +456,9 @@ class Sampler:
             sample.log_probs = [log_probs[token].logprob for token, log_probs in steps]
             sample.finish_reason = answer.finish_reason
         # All tensor-parallel ranks of an engine have its answers; only the first contributes them.
-        samples = gather(samples if tp_rank == 0 else [])
-        return sorted(samples, key=lambda sample: sample.index)
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, samples if tp_rank == 0 else [])
+        return sorted(itertools.chain(*everyones), key=lambda sample: sample.index)
 
 
 # ------------------------------------------------------------------------------- Superior policy --
@@ -521,7 +469,7 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
     # Under ZeRO-3 a rank without samples has to run a forward as well: on a stand-in.
     pairs = pairs or [([0, 0], [])]
     inputs = [torch.tensor((x + y)[:-1]) for x, y in pairs]
-    ids = pad_sequence(inputs, batch_first=True).to(next(body.parameters()).device)  # [B, S]
+    ids = nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(body.device)  # [B, S]
     h = body(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, d]
     rows = [row[len(x) - 1 :][: len(y)] for row, (x, y) in zip(h, pairs, strict=True)]
     return torch.cat(rows)  # [T, d]
@@ -529,35 +477,40 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
 
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # In place of HfDeepSpeedConfig, which needs the package accelerate. transformers keeps only a
-    # weak reference, so zero3 has to be referred to until the model is loaded.
+    # HfDeepSpeedConfig would need accelerate. Only a weak reference to zero3 is kept.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
-    how = {"trust_remote_code": cfg.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(name, **how)
-    how["dtype"] = getattr(torch, cfg.dtype)
+    config = transformers.AutoConfig.from_pretrained(name)
     for part in (config, config.get_text_config()):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, **how)
-    # zero.Init has rounded the rotary frequencies to bfloat16: at position 1000 radians off.
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
+    # zero.Init has rounded the rotary frequencies to bfloat16, at position 1,000 radians wrong.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
     return model
 
 
+def unpatched(llm):
+    """A context in which transformers' models are as vLLM found them: where vLLM 0.32.0 has no code
+    of its own for a model, it patches transformers' class. Compilation mode 0 switches that off."""
+    from vllm.config import set_current_vllm_config
+
+    config = copy.deepcopy(llm.llm_engine.vllm_config)
+    config.compilation_config.mode = 0
+    return set_current_vllm_config(config)
+
+
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. For another teacher, put another
-    such class in its place in train(): it takes samples, possibly none, and returns a function from
-    rows to finite log pi_hat, [t, V], that makes no collective calls."""
+    because each chunk of the loss needs them. Collective to build. Another teacher is another such
+    class in train(): it takes samples, possibly none, and returns the labels of SoftLabelLoss. That
+    function makes no collective calls, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config: dict):
-        import deepspeed
-
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
         frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
         self.cfg = cfg
@@ -572,7 +525,7 @@ class SuperiorPolicy:
             self.frozen.append((engine, whole))
 
     @torch.no_grad()
-    def __call__(self, samples: list[Sample]) -> Labels:
+    def __call__(self, samples: list[Sample]) -> Callable[[slice], Tensor]:
         """Collective: log pi_hat at the T response tokens, made from hidden states on demand."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
@@ -599,31 +552,23 @@ class Policy(nn.Module):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         head = model.get_output_embeddings()
-
-        def loss(h: Tensor, labels: Labels, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return soft_label_loss(h, head.weight, head.bias, labels, tokens)
-
         # ZeRO-3 gathers the shards of a module only while that module itself runs. The loss needs
         # the output layer's weight, so it has to be that layer's forward.
-        head.forward = loss
+        head.forward = lambda h, *rest: SoftLabelLoss.apply(h, head.weight, head.bias, *rest)
 
-    def forward(self, samples: list[Sample], labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, samples: list[Sample], labels: Callable) -> tuple[Tensor, Tensor, Tensor]:
         """Collective: sums over response tokens of H(pi_hat, pi_theta), of H(pi_hat), and of the
         gap |log pi_theta(a_t|s_t) - the sampler's log-probability|."""
         pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         h = final_states(self.model.base_model, pairs)  # [T, d]
         tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=h.device)
         log_probs = torch.tensor([p for s in samples for p in s.log_probs], device=h.device)
-        output_layer = self.model.get_output_embeddings()
-        cross_entropy, entropy, log_pi_theta = output_layer(h, labels, tokens)
+        cross_entropy, entropy, log_pi_theta = self.model.get_output_embeddings()(h, labels, tokens)
         return cross_entropy, entropy, (log_pi_theta - log_probs).abs().sum()
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every weight, in the model's order. Collective: all ranks have to
-    take all of them. A tensor is whole until the next one is asked for."""
-    import deepspeed
-
+    """Collective: (name, tensor) of every weight; a tensor is whole until the next is asked for."""
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.data
@@ -653,16 +598,15 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
 
 # -------------------------------------------------------------------------------------- Training --
-# Limit of sampler_gap, in nats, in the first step of an epoch, when policy and sampler have the
-# same weights and differ by rounding alone.
+# Limit of sampler_gap in an epoch's first step, when policy and sampler differ by rounding alone.
 MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
     """Collective: compare pi_theta with pi_hat on samples, which are the same on all ranks and are
-    divided among them here. With `fit`, leave the gradient of L in the engine.
-    Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the
-    response tokens of all ranks in nats, and the count of samples and tokens."""
+    divided among them here. With `fit`, leave the gradient of L in the engine. Returns the loss
+    H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the response tokens of
+    all ranks in nats, and the count of samples and tokens."""
     ranks, tokens = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
     lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
@@ -688,8 +632,7 @@ def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=mat
     loss, gap = record["loss"], record["sampler_gap"]
     place = f"{place}: on samples {[sample.index for sample in batch]}"
     check(math.isfinite(loss), f"{place} the loss is {loss}: look at these, and at the models")
-    stale = "vLLM has other weights, or computes this model differently"
-    check(gap <= max_gap, f"{place} sampler_gap is {gap}: {stale}")
+    check(gap <= max_gap, f"{place} sampler_gap is {gap}: vLLM's weights or computations differ")
     engine.step()  # Clips the gradient; leaves the weights alone if it is not finite.
     norm = float(engine.get_global_grad_norm())
     check(math.isfinite(norm), f"{place} the gradient is {norm}: lower --learning_rate?")
@@ -698,14 +641,12 @@ def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=mat
 
 def train(cfg: Config):
     """Collective. The method: in every epoch sync, sample, contrast and fit, log and save."""
-    import deepspeed
-
     ds_config, chat, prompts, held_out = prepare(cfg)
-    run = Run(cfg, ds_config, prompts)
+    run = Run(cfg, prompts)
     if run.epoch >= cfg.epochs:
         return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
     sampler = Sampler(cfg, chat)
-    with sampler.unpatched():
+    with unpatched(sampler.llm):
         superior = SuperiorPolicy(cfg, ds_config)
         policy = Policy(load_model(cfg.model, cfg, ds_config), cfg.activation_checkpointing)
     adamw = torch.optim.AdamW(policy.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
@@ -718,13 +659,11 @@ def train(cfg: Config):
         # Sync: the sampler takes over the weights of pi_theta.
         start = time.perf_counter()
         sampler.load(whole_weights(policy.model))
-        synced = time.perf_counter()
 
         # 1. Sample y ~ pi_theta(.|x).
-        drawn = draw_prompts(prompts, cfg.samples_per_epoch, epoch, cfg.seed)
-        samples = sampler.sample(drawn, tag=epoch)
-        sampled = time.perf_counter()
-        measured = {"sync_seconds": synced - start, "sample_seconds": sampled - synced}
+        drawn = range((epoch - 1) * cfg.samples_per_epoch, epoch * cfg.samples_per_epoch)
+        samples = sampler.sample([prompts[i % len(prompts)] for i in drawn], tag=epoch)
+        measured = {"sample_seconds": time.perf_counter() - start}
         unseen = sampler.sample(held_out, tag="held out")
         sampler.llm.sleep(level=2)
         run.save_samples(f"epoch-{epoch:03d}", samples)
@@ -732,7 +671,6 @@ def train(cfg: Config):
             run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
             result = compare(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
             measured["eval_kl"] = result["kl"]
-            measured["eval_response_tokens_mean"] = result["tokens"] / len(unseen)
 
         # 2. Contrast and 3. fit, batch by batch.
         steps, fitting = [], time.perf_counter()
@@ -740,7 +678,7 @@ def train(cfg: Config):
         for i in tqdm(starts, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
             step += 1
             batch, place = samples[i : i + cfg.batch_size], f"epoch {epoch}, step {step}"
-            max_gap = math.inf if i else MAX_GAP[cfg.dtype]
+            max_gap = MAX_GAP[cfg.dtype] if i == 0 else math.inf
             record = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place, max_gap)
             steps.append(record)
             on_rank_0(run.log, "step", epoch, step, record)
@@ -762,24 +700,6 @@ def train(cfg: Config):
 
 
 # ----------------------------------------------------------------------------------------- Input --
-def squeeze(text: str) -> str:
-    """The text without its white space."""
-    return "".join(text.split())
-
-
-def default_text(plain: str, shown: str) -> str:
-    """What stands in `plain` in place of the "<S>" in `shown`, if the rest is equal but for white
-    space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
-    a, b = squeeze(plain), squeeze(shown)
-    start, size = b.index("<S>"), len("<S>") + (len(a) - len(b)) // b.count("<S>")
-    if b.replace("<S>", a[start : start + size]) != a:
-        return ""
-    # With the white space that follows it, but for what the template itself puts there.
-    places = [i for i, character in enumerate(f"{plain}.") if not character.isspace()]
-    text, behind = plain[places[start] : places[start + size]], shown.split("<S>")[1]
-    return text.removesuffix(behind[: len(behind) - len(behind.lstrip())])
-
-
 def data_files(data: str, split: str) -> Iterator[Path]:
     """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):
@@ -801,77 +721,57 @@ def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
         place, is_list = str(path), path.name.removesuffix(".gz").endswith(".json")
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                items = json.load(file) if is_list else file
-                check(not is_list or isinstance(items, list), f"{path}: has to be a list")
-                for n, item in enumerate(items, 1):
+                for n, item in enumerate(json.load(file) if is_list else file, 1):
                     place = f"{path}, {'item' if is_list else 'line'} {n}"
                     if is_list:
                         yield place, item
                     elif item.strip():
                         yield place, json.loads(item)
-        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
 
 
-def read_prompts(records: Iterable, chat: Chat, limit: int, left_out: Counter) -> Iterator:
-    """(prompt, record) for each of the records, (place, record), that have a prompt of at most
-    `limit` tokens; left_out counts the others by reason."""
-    mistakes = KeyError, TypeError, AttributeError, ValueError
-    needs = "a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
-    for place, record in records:
-        with as_user_error(f"{place}: {needs}", *mistakes):
-            whole = prompt_of(record)
-        try:
-            prompt = chat.shorten(whole, limit)
-        except UserError as error:
-            left_out[f"refused: {error}"] += 1
-            continue
-        if prompt:
-            yield prompt, record
-        else:
-            left_out["too long" if whole else "without a prompt"] += 1
-
-
 def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed: int) -> tuple:
-    """`count` distinct prompts of data, drawn at random, or all if it has fewer; and how many of
-    the records that were looked at were left out, by reason."""
-    records, distinct, left_out = list(read_records(data, split)), {}, Counter()
+    """`count` distinct prompts of data, of at most `limit` tokens and in random order, or all that
+    there are; and how many of the records that were looked at were left out, by reason."""
+    records, prompts, left_out = list(read_records(data, split)), {}, Counter()
     random.Random(seed).shuffle(records)
-    prompts = read_prompts(records, chat, limit, left_out)
-    for prompt, _ in tqdm(prompts, f"Prompts of {data}", total=count, leave=False):
-        key = json.dumps(prompt)
-        left_out["duplicate"] += key in distinct
-        distinct[key] = prompt
-        if len(distinct) == count:
+    for place, record in tqdm(records, f"Prompts of {data}", leave=False):
+        if len(prompts) == count:
             break
-    check(distinct, f"{data}: no prompt to use; left out: {dict(left_out)}")
-    return list(distinct.values()), dict(left_out)
+        needs = f"{place}: a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
+        with as_user_error(needs, KeyError, TypeError, AttributeError, ValueError):
+            prompt = prompt_of(record)
+        try:
+            prompt = chat.shorten(prompt, limit)
+        except UserError as error:
+            left_out[str(error)] += 1
+            continue
+        left_out["duplicate"] += json.dumps(prompt) in prompts
+        prompts[json.dumps(prompt)] = prompt
+    check(prompts, f"{data}: no prompt to use; left out: {dict(left_out)}")
+    return list(prompts.values()), dict(left_out)
 
 
 # ----------------------------------------------------------------------------------------- Files --
 class Run:
     """What a run leaves under --output_dir. Rank 0 writes files and model/ under other names first,
-    so no kill leaves half of one; of metrics.jsonl whole lines count. A run is resumed after the
-    epoch that state/done.json names, from DeepSpeed's checkpoint of it. Collective to open."""
+    so no kill leaves half of one. Collective to open: a run is resumed after the epoch that
+    state/done.json names, from DeepSpeed's checkpoint of it."""
 
-    def __init__(self, cfg: Config, ds_config: dict, prompts: list[list[Message]]):
+    def __init__(self, cfg: Config, prompts: list[list[Message]]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
-        settings = {**asdict(cfg), "ranks": dist.get_world_size()}
         first = json.dumps(prompts[: cfg.samples_per_epoch])  # More epochs load more prompts.
-        settings["data_crc32"] = zlib.crc32(first.encode())
-        # The one setting of --ds_config that changes results most; others may hold secrets.
-        settings["gradient_clipping"] = ds_config.get("gradient_clipping")
-        self.epoch = on_rank_0(self.open, settings)
+        more = {"ranks": dist.get_world_size(), "data_crc32": zlib.crc32(first.encode())}
+        self.epoch = on_rank_0(self.open, asdict(cfg) | more)
 
     def open(self, settings: dict) -> int:
         """On rank 0: lock the folder, refuse another run's, return the last saved epoch or 0."""
-        for folder in (self.folder / "samples", self.state):
-            folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         place = f"--output_dir {self.folder}"
-        self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
-        with as_user_error(f"{place}: another job is running in it", BlockingIOError):
-            # The kernel gives the lock back however this process ends.
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.lock = FileLock(self.folder / "lock")  # Given back however this process ends.
+        with as_user_error(f"{place}: another job is running in it", Timeout):
+            self.lock.acquire(timeout=0)
         config, done = self.folder / "config.json", self.state / "done.json"
         saved = json.loads(config.read_text()) if done.exists() else settings
         # These may change when a run is resumed, because the method stays the same.
@@ -879,8 +779,7 @@ class Run:
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
         keys = [key for key in settings if saved.get(key) != settings[key] and key not in free]
         changed = "; ".join(f"{k} {saved.get(k)!r} there, {settings[k]!r} here" for k in keys)
-        another = f"{place} holds another run, use its settings or another folder"
-        check(not keys, f"{another}: {changed}")
+        check(not keys, f"{place} holds another run, use its settings or another folder: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         metrics = self.folder / "metrics.jsonl"
@@ -927,8 +826,7 @@ class Run:
 
         def save():
             path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)  # A kill may have left it.
             model.save_pretrained(new, state_dict=weights)
             tokenizer.save_pretrained(new)
             if path.exists():
@@ -955,33 +853,21 @@ class Run:
 
 
 def epoch_record(samples: list[Sample], steps: list[dict]) -> dict[str, float]:
-    """Collective: the record of an epoch, from its samples and steps."""
+    """The record of an epoch, from its samples and the records of its steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
     record["sampler_gap_first"] = steps[0]["sampler_gap"]
     record["sampler_gap_last"] = steps[-1]["sampler_gap"]
     record["response_tokens_mean"] = tokens / len(samples)
-    record["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process, in bytes
-    if torch.cuda.is_available():  # What is in use of the device; PyTorch's cache holds its peak.
-        free, total = torch.cuda.mem_get_info()
-        memory = total - free
-    return record | {"peak_memory_gib": max(gather([memory])) / 2**30}
+    truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
+    return record | {"truncated": truncated}
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
 def say(text: str):
-    """Print on rank 0, with the control characters that data and models may bring escaped."""
+    """Print on rank 0."""
     if os.environ.get("RANK", "0") == "0":
-        shown = [c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text]
-        print("".join(shown), flush=True)
-
-
-def gather(items: list) -> list:
-    """Collective: the items of every rank, in the order of the ranks."""
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
-    return list(itertools.chain(*lists))
+        print(text, flush=True)
 
 
 def on_rank_0(function: Callable, *args: object) -> object:
@@ -999,8 +885,6 @@ def on_rank_0(function: Callable, *args: object) -> object:
 
 def join_ranks():
     """Collective: set up torch.distributed as the launcher says; plain python is one rank."""
-    import deepspeed
-
     deepspeed.logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # It leaks /dev/shm.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
@@ -1025,7 +909,6 @@ def end_at_once(kind: type, error: BaseException, *trace: object):
         os._exit(2)
     time.sleep(2)  # If another rank failed first, it ends this one before what follows is shown.
     sys.__excepthook__(kind, error, *trace)
-    sys.stderr.flush()
     os._exit(1)
 
 
@@ -1065,17 +948,13 @@ def as_user_error(message: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def check_options(cfg: Config):
-    """Refuse values that make no sense; nan lies in no range. Read --principle @FILE."""
+    """Refuse values that make no sense; nan lies in no range."""
     ranges = {number.name: (1, math.inf) for number in fields(cfg) if number.type is int}
     ranges |= {"seed": (0, 2**32 - 1), "alpha": (0, 99), "temperature": (0, 99)}
     ranges |= dict.fromkeys(("plausibility", "learning_rate", "gpu_memory_utilization"), (0, 1))
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
-    with as_user_error("--date or --principle cannot be read", OSError, ValueError):
-        datetime.fromisoformat(cfg.date)
-        if cfg.principle and cfg.principle.startswith("@"):
-            cfg.principle = Path(cfg.principle[1:]).read_text("utf-8").strip()
     check(cfg.principle is None or cfg.principle.strip(), "--principle is empty")
 
 
@@ -1089,40 +968,37 @@ def deepspeed_config(cfg: Config) -> dict:
         "zero_allow_untested_optimizer": True,  # PyTorch's AdamW; DeepSpeed's needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
     }
-    file = f"--ds_config {cfg.ds_config}"
-    needs = "has to be a JSON file that sets ZeRO stage 3"
-    with as_user_error(f"{file}: {needs}", OSError, ValueError, LookupError, TypeError):
+    needs = f"--ds_config {cfg.ds_config}: has to be a JSON file that sets ZeRO stage 3"
+    with as_user_error(needs, OSError, ValueError, LookupError, TypeError):
         config = json.loads(Path(cfg.ds_config).read_text())
-        check(config["zero_optimization"]["stage"] == 3, f"{file}: {needs}")
+        check(config["zero_optimization"]["stage"] == 3, needs)
     for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
-        check(key not in config, f"{file}: remove {key!r}, inverse_q.py sets it")
+        check(key not in config, f"--ds_config {cfg.ds_config}: remove {key!r}, it is set here")
     return config | owned
 
 
 def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -> list[float]:
     """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs.
     config and the number of weights are the policy's; frozen models are taken to be as large."""
-    size = getattr(torch, cfg.dtype).itemsize
-    trained = size if offload else size + 16  # with master, gradient and moments in float32
-    frozen = len({cfg.negative_model, cfg.positive_model}) * size
+    size, frozen = getattr(torch, cfg.dtype).itemsize, len({cfg.negative_model, cfg.positive_model})
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
+    # For each weight 16 bytes more: gradient, AdamW's two moments and a master copy, in float32.
+    state = size * (1 + frozen) + (0 if offload else 16)
+    keeps = state * weights / ranks + size * frozen * head + 3e9  # NCCL, CUDA graphs
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
-    # keeps those of one layer, and of the others the input.
+    # keeps those of one layer, and of the others the input. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
     activations = size * kept * cfg.micro_batch_tokens * config.hidden_size
-    keeps = (trained + frozen) * weights / ranks + frozen * head + 3e9  # NCCL, CUDA graphs
-    gathered = size * min(weights, 1e9)  # DeepSpeed's limit of what is whole at a time
-    fitting = activations + gathered + (8 + size) * head
+    fitting = activations + size * min(weights, 1e9) + (8 + size) * head
     sampling = size * weights / cfg.tensor_parallel_size + 2e9
     return [keeps / 1e9, fitting / 1e9, sampling / 1e9]
 
 
 def check_memory(cfg: Config, ds_config: dict):
     """Say what each GPU has to hold, and refuse what cannot fit."""
-    how = {"trust_remote_code": cfg.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(cfg.model, **how)
+    config = transformers.AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
-        weights = transformers.AutoModelForCausalLM.from_config(config, **how).num_parameters()
+        weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
     needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
     text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(*needs)
@@ -1132,22 +1008,20 @@ def check_memory(cfg: Config, ds_config: dict):
         text += f", of {total:.1f} GB"
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
         check(needs[0] + max(needs[1:]) <= total, f"{text}: {less}")
-        least = math.ceil(100 * needs[2] / total) / 100
-        most = math.floor(100 * (1 - needs[0] / total)) / 100
-        fits = least <= cfg.gpu_memory_utilization <= most
-        check(fits, f"{text}: set --gpu_memory_utilization from {least} to {most}")
+        least, most = needs[2] / total, 1 - needs[0] / total
+        fits = f"--gpu_memory_utilization from {least + 0.005:.2f} to {most - 0.005:.2f}"
+        check(least <= cfg.gpu_memory_utilization <= most, f"{text}: set {fits}")
 
 
 def load_tokenizer(cfg: Config):
     """The policy's tokenizer, after checking the models as far as that needs no weights."""
-    how = {"trust_remote_code": cfg.trust_remote_code}
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
         with as_user_error(f"{name}: no model folder or hub id that loads", OSError, ValueError):
-            config = transformers.AutoConfig.from_pretrained(name, **how).get_text_config()
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config = config.get_text_config()
             # Else mistral_common's tokenizer may load, which reads special tokens as plain text.
-            load = transformers.AutoTokenizer.from_pretrained
-            tokenizer = load(name, mistral_format=False, **how)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
         check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
         vocabulary = tokenizer.get_vocab(), config.vocab_size
@@ -1157,27 +1031,26 @@ def load_tokenizer(cfg: Config):
         have = getattr(config, "max_position_embeddings", None) or need
         lower = f"lower --max_prompt_tokens + --max_new_tokens ({need})"
         check(need <= have, f"{name} has {have} positions: {lower}")
-        for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            unscaled = getattr(config, key, None) in (None, 1)
-            check(unscaled, f"{name}: unsupported, it caps or scales its logits ({key})")
+        scales = "final_logit_softcapping", "logits_scaling", "logit_scale"
+        scaled = [key for key in scales if getattr(config, key, None) not in (None, 1)]
+        check(not scaled, f"{name}: unsupported, it caps or scales its logits: {scaled}")
     if hasattr(own, "legacy"):  # Of Llama's: it changes ids, and transformers does not save it.
         own.init_kwargs["legacy"] = own.legacy
     return own
 
 
 def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Message]]]:
-    """Collective: DeepSpeed's settings, the chat format, the prompts and the held-out ones.
-    What a user can fix is found here, before a model is loaded."""
+    """Collective: what a run needs. What a user can fix is found here, before a model loads."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")
-    ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle, cfg.date)
+    ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle)
     check_memory(cfg, ds_config)
-    say(f"  policy     {cfg.model}\n  pi_0       {cfg.negative_model}")
-    say(f"  pi_plus    {cfg.positive_model}, alpha {cfg.alpha}, shown: {cfg.principle}")
     limit, count = cfg.max_prompt_tokens, cfg.epochs * cfg.samples_per_epoch
     prompts, left_out = on_rank_0(load_prompts, cfg.data, "train", chat, limit, count, cfg.seed)
     say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
+    for name, context in ("pi_0", prompts[0]), ("pi_plus", chat.with_principle(prompts[0])):
+        say(f"  {name:9}  reads {chat.render(context)!r}")
     held_out, count = [], cfg.eval_samples
     if cfg.eval_data:
         held_out, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit, count, cfg.seed)
@@ -1195,15 +1068,12 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
-    warnings.simplefilter("ignore", FutureWarning)
+    logging.captureWarnings(True)  # vLLM sets some off in PyTorch. Nobody prints the log records.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher's
-    *parsed, unknown = parser.parse_args_into_dataclasses(arguments, True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    run(*parsed)
+    parser.add_argument("--local_rank", help=SUPPRESS)  # DeepSpeed's launcher adds it.
+    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))
 
 
 if __name__ == "__main__":

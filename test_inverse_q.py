@@ -40,6 +40,7 @@ import hypothesis
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import strategies as st
 
 import inverse_q as q
@@ -203,7 +204,7 @@ def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility
     z = h @ weight.t() + (b if bias else 0)
     expected = *oracle_loss(z, labels), oracle_log_probs(z, tokens)
     expected_gradients = torch.autograd.grad(expected[0] * 0.37, inputs)
-    got = q.soft_label_loss(h, weight, b, lambda rows: labels[rows], tokens, chunk)
+    got = q.SoftLabelLoss.apply(h, weight, b, lambda rows: labels[rows], tokens, chunk)
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
     assert [x.requires_grad for x in got] == [True, False, False]
@@ -222,7 +223,7 @@ def test_fused_loss_in_lower_precision(dtype, tolerance):
     expected_gradients = torch.autograd.grad(expected, [h, weight])
     low = [x.detach().to(dtype).requires_grad_() for x in (h, weight)]
     tokens = torch.arange(64) * 7
-    loss, _, log_pi = q.soft_label_loss(*low, None, lambda r: labels[r].float(), tokens, 17)
+    loss, _, log_pi = q.SoftLabelLoss.apply(*low, None, lambda r: labels[r].float(), tokens, 17)
     assert loss.dtype == torch.float64 and log_pi.dtype == torch.float32
     expected_log_pi = oracle_log_probs(h @ weight.t(), tokens)
     torch.testing.assert_close(log_pi.double(), expected_log_pi, rtol=1e-5, atol=1e-5)
@@ -234,7 +235,7 @@ def test_fused_loss_in_lower_precision(dtype, tolerance):
 def test_no_tokens_no_loss_but_a_gradient():
     h, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(11, 5, requires_grad=True)
     no_labels, no_tokens = lambda rows: pytest.fail("no rows to label"), torch.zeros(0).long()
-    loss, entropy, log_pi_theta = q.soft_label_loss(h, weight, None, no_labels, no_tokens)
+    loss, entropy, log_pi_theta = q.SoftLabelLoss.apply(h, weight, None, no_labels, no_tokens)
     assert loss == 0 and entropy == 0 and log_pi_theta.shape == (0,)
     loss.backward()
     assert weight.grad.abs().sum() == 0 and h.grad.shape == (0, 5)
@@ -253,11 +254,13 @@ def watched_loss(chunk):
             return out
 
     t, d, v = 96, 4, 1000
-    h, weight = torch.randn(t, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    x, weight = torch.randn(t, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    h = x * 2  # has no gradient where none is wanted, as the body's output
     labels = torch.randn(chunk, v).log_softmax(-1)
     with Watch():
         tokens = torch.zeros(t, dtype=torch.long)
-        loss, *_ = q.soft_label_loss(h, weight, None, lambda rows: labels.clone(), tokens, chunk)
+        inputs = h, weight, None, lambda rows: labels.clone(), tokens, chunk
+        loss, *_ = q.SoftLabelLoss.apply(*inputs)
         if loss.requires_grad:
             loss.backward()
     return seen
@@ -317,18 +320,10 @@ def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
     for y in leaves:
         states = [y[:t] for t in range(len(y))]
         log_hat, log_0 = (torch.stack([p[s] for s in states]) for p in (pi_hat, pi_0))
-        credit = q.token_credit(log_hat, log_0, torch.tensor(y), beta)
+        credit = beta * (oracle_log_probs(log_hat, y) - oracle_log_probs(log_0, y))
         steps = [reward(y[: t + 1]) - (reward(y[:t]) if t else 0.0) for t in range(len(y))]
         torch.testing.assert_close(credit, torch.stack(steps))
         torch.testing.assert_close(credit.sum(), reward(y))
-
-
-def test_token_credit_of_a_batch():
-    a, b = some_logits(6, 11, 1).view(2, 3, 11), some_logits(6, 11, 2).view(2, 3, 11)
-    tokens = torch.tensor([[1, 2, 3], [10, 0, 5]])
-    credit = q.token_credit(a, b, tokens, beta=2.0)
-    for i, t in itertools.product(range(2), range(3)):
-        assert credit[i, t] == 2 * (a[i, t, tokens[i, t]] - b[i, t, tokens[i, t]])
 
 
 def objective(log_p, log_0, reward, beta):
@@ -460,6 +455,7 @@ class AnyLength:
 
     @staticmethod
     def shorten(messages, limit):
+        q.check(messages, "without a prompt")
         return messages
 
 
@@ -492,8 +488,9 @@ NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'me
         ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', f"line 2: {NO_JSON} in UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], NO_JSON),
         ("a.jsonl.gz", b"no gzip", NO_JSON),
-        ("a.json", b'{"prompt": "x"}', "a.json: has to be a list"),
+        ("a.json", b'{"prompt": "x"}', "a.json, item 1: a record needs 'prompt'"),
         ("a.json", b"[1", f"a.json: {NO_JSON}"),
+        ("a.json", b"7", f"a.json: {NO_JSON}"),
         ("a.jsonl", b'{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', NEEDS),
         ("a.jsonl", b'"prompt"\n', NEEDS),
@@ -630,23 +627,6 @@ def test_hub_data_sets(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def test_epochs_walk_through_a_shuffle_and_reshuffle_when_it_is_used_up():
-    prompts = list("abcdefghij")
-    drawn = [i for epoch in range(1, 9) for i in q.draw_prompts(prompts, 4, epoch, seed=3)]
-    assert drawn[:10] == prompts and sorted(drawn[10:20]) == sorted(drawn[20:30]) == prompts
-    assert prompts != drawn[10:20] != drawn[20:30] and prompts == list("abcdefghij")
-    assert q.draw_prompts(prompts, 4, 5, seed=3) == drawn[16:20]  # whatever was drawn before
-    assert q.draw_prompts(prompts, 10, 2, seed=4) != drawn[10:20]
-    assert sorted(q.draw_prompts([1, 2], 6, 1, 0)) == [
-        1,
-        1,
-        1,
-        2,
-        2,
-        2,
-    ]  # more samples than prompts
-
-
 def test_as_many_prompts_are_drawn_as_a_run_needs(tmp_path):
     """By the seed, from all of the data; a longer run begins with the prompts of a shorter one."""
     lines = [json.dumps({"prompt": f"{i % 2500}"}) + "\n" for i in range(3000)]
@@ -711,7 +691,7 @@ def tokenizer():
 def chat_of(tokenizer, template, principle="PRINCIPLE."):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
-    return q.Chat(tokenizer, principle, "2024-08-27")
+    return q.Chat(tokenizer, principle)
 
 
 @pytest.mark.parametrize(
@@ -768,10 +748,13 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     last = len(chat.ids(chat.with_principle(turns[4:])))
     assert chat.shorten(turns, last) == turns[4:]
     assert "PRINCIPLE." in chat.render(chat.with_principle(turns[4:]))
-    assert chat.shorten(turns, last - 1) == []
+    with pytest.raises(q.UserError, match=r"^too long$"):
+        chat.shorten(turns, last - 1)
     with_system = [system("Own."), *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
     assert chat.shorten(with_system, limit) == [with_system[0], turns[4]]
+    with pytest.raises(q.UserError, match=r"^without a prompt$"):
+        chat.shorten([], limit)
 
 
 # Templates in the manner of those that are in use: what each does that others do not.
@@ -850,10 +833,9 @@ DIALOGUES = [
 
 
 @pytest.mark.parametrize("name", IN_THE_MANNER_OF)
-def test_contexts_in_the_manner_of(name, tokenizer, capsys):
+def test_contexts_in_the_manner_of(name, tokenizer):
     template, end = IN_THE_MANNER_OF[name]
     chat = chat_of(tokenizer, template)
-    assert capsys.readouterr().out == ""  # no warning
     for turns in DIALOGUES:
         prompt = chat.shorten(q.prompt_of({"messages": turns}), 10**6)
         assert (prompt == turns) == (system("later") not in turns)  # which are folded
@@ -881,41 +863,35 @@ def test_contexts_in_the_manner_of(name, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    "template, default, shown, from_where",
+    "template, default, shown",
     [
-        # White space at its end: the principle goes before it.
-        ("<s1>{{ system }}</>", "You are Q. \n", "<s1>You are Q. PRINCIPLE. \n</>", None),
-        ("<s1>\n{{ system }}\n\n</>", "You are Q. ", "<s1>\nYou are Q. PRINCIPLE. \n\n</>", None),
-        ("<s1>{{ system|trim }}\n</>", " You are Q. ", "<s1>You are Q. PRINCIPLE.\n</>", None),
+        # White space around it goes, that within it stays.
+        ("<s1>{{ system }}</>", "You are\n  Q. \n", "<s1>You are\n  Q. PRINCIPLE.</>"),
+        ("<s1>\n{{ system }}\n\n</>", "You are Q. ", "<s1>\nYou are Q. PRINCIPLE.\n\n</>"),
+        ("<s1>{{ system|trim }}\n</>", " You are Q. ", "<s1>You are Q. PRINCIPLE.\n</>"),
         # Shown twice, with other white space around it.
         (
             "<s1>\n{{ system }}</>\n({{ system }})",
             "You are Q. ",
-            "<s1>\nYou are Q. PRINCIPLE. </>\n(You are Q. PRINCIPLE. )",
-            "</>(YouareQ.)",
+            "<s1>\nYou are Q. PRINCIPLE.</>\n(You are Q. PRINCIPLE.)",
         ),
         # Words of it that the template takes for commands: nothing can be done about these.
         (
             "<s1>{{ system.replace('/think', '') if messages[0].role == 'system' else system }}</>",
             "<think>, </think>.",
             "<s1><think>, <>. PRINCIPLE.</>",
-            "/think>.</>",
         ),
         # It stands where no system message goes.
         (
             "{{ '' if messages[0].role == 'system' else system }}<s1>{{ system }}</>",
             "You are Q.",
             "<s1>PRINCIPLE.</>",
-            "YouareQ.<s1>",
         ),
     ],
 )
-def test_default_system_texts(template, default, shown, from_where, tokenizer, capsys):
+def test_default_system_texts(template, default, shown, tokenizer):
     chat = chat_of(tokenizer, with_system_text(template + TURNS, repr(default)))
-    warnings = capsys.readouterr().out.splitlines()
     assert chat.render(chat.with_principle([user("q")])).startswith(f"{shown}<user>q")
-    assert len(warnings) == (from_where is not None)
-    assert not warnings or f"from {from_where!r}"[:-1] in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -953,7 +929,7 @@ def test_prompts_that_are_left_out_are_counted_by_their_reason(tokenizer, tmp_pa
     data = write_records(tmp_path / "a.jsonl", records)
     prompts, left_out = load(data, chat_of(tokenizer, refuses + CHAT_TEMPLATE), 100)
     assert prompts == [[user("yes")]]
-    reason = "refused: the chat template of --model fails (TemplateError: rude)"
+    reason = "the chat template of --model fails (TemplateError: rude)"
     assert left_out == {"without a prompt": 2, "duplicate": 2, "too long": 1, reason: 2}
 
 
@@ -980,7 +956,7 @@ def test_vicuna_ids_are_those_of_fastchat(legacy, sentencepiece_model, tmp_path)
     shutil.copy(sentencepiece_model, tmp_path)
     options = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
     write(tmp_path / "tokenizer_config.json", json.dumps(options))
-    chat = q.Chat(q.load_tokenizer(q.Config(str(tmp_path))), "Be kind.", "2024-08-27")
+    chat = q.Chat(q.load_tokenizer(q.Config(str(tmp_path))), "Be kind.")
     chat.tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     after_the_end = chat.tokenizer("</s>USER")["input_ids"][2]
@@ -1040,7 +1016,7 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
     tokenizer.save_pretrained(tmp_path / "both")
     assert "Mistral" in type(AutoTokenizer.from_pretrained(tmp_path / "both")).__name__  # the trap
     got = q.load_tokenizer(q.Config(str(tmp_path / "both")))
-    prompt = q.Chat(got, "x", "2024-08-27").ids([user("q")])
+    prompt = q.Chat(got, "x").ids([user("q")])
     assert prompt == tokenizer("<s><|user|>q<|assistant|>", add_special_tokens=False)["input_ids"]
     of_its_class = '{"tokenizer_class": "MistralCommonBackend"}'
     write(tmp_path / "saved" / "tokenizer_config.json", of_its_class)
@@ -1049,23 +1025,8 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
             q.load_tokenizer(q.Config(str(tmp_path / name)))
 
 
-def test_a_principle_from_a_file_and_what_cannot_be_read(tmp_path):
-    path = write(tmp_path / "principle.txt", "\nBe kind.\n\nBe exact.\n")
-    assert q.Config("m", principle=f"@{path}").principle == "Be kind.\n\nBe exact."
-    assert q.Config("m", principle="Write to me@home.").principle == "Write to me@home."
-    (tmp_path / "bytes").write_bytes(b"\xff")
-    for options, message in (
-        ({"principle": f"@{tmp_path}/none"}, "No such file"),
-        ({"principle": f"@{tmp_path}"}, "Is a directory"),
-        ({"principle": f"@{tmp_path}/bytes"}, "can't decode byte"),
-        *(({"date": date}, date) for date in ("", "today", "27.08.2024")),
-        ({"date": "2024-13-01"}, "month"),
-    ):
-        place = r"^--date or --principle cannot be read \("
-        with pytest.raises(q.UserError, match=f"{place}.*{message}") as error:
-            q.Config("m", **options)
-        assert "\n" not in str(error.value)
-    for empty in ("", " \n", f"@{write(tmp_path / 'empty', ' ')}"):
+def test_an_empty_principle_is_refused():
+    for empty in ("", " \n"):
         with pytest.raises(q.UserError, match="--principle is empty"):
             q.Config("m", principle=empty)
 
@@ -1092,6 +1053,8 @@ def caught_inputs(contexts, responses):
     ids = []
 
     class Body(torch.nn.Linear):  # its state at a position is the number of the position
+        device = "cpu"
+
         def forward(self, input_ids, use_cache):
             ids.append(input_ids)
             states = torch.arange(input_ids.numel()).reshape(*input_ids.shape, 1)
@@ -1160,7 +1123,7 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(q.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(q.dist, "all_reduce", lambda _: None)
     monkeypatch.setattr(q.dist, "broadcast_object_list", lambda told: None)
-    monkeypatch.setattr(q, "gather", list)
+    monkeypatch.setattr(q.dist, "all_gather_object", lambda lists, own: lists.__setitem__(0, own))
 
 
 def test_micro_batches_keep_to_the_budget(one_rank):
@@ -1188,8 +1151,8 @@ def test_micro_batches_keep_to_the_budget(one_rank):
     [
         (math.nan, 0.0, "the loss is nan"),
         (math.inf, 0.0, "the loss is inf"),
-        (1.0, 0.2, "sampler_gap is 0.2: vLLM has other weights, or"),
-        (1.0, math.nan, "sampler_gap is nan: vLLM has other weights, or"),
+        (1.0, 0.2, "sampler_gap is 0.2: vLLM's weights or"),
+        (1.0, math.nan, "sampler_gap is nan: vLLM's weights or"),
     ],
 )
 def test_numbers_that_cannot_be_right_stop_before_the_step(one_rank, loss, gap, message):
@@ -1281,8 +1244,8 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
         return changed
 
     def save(path, text):
-        # DeepSpeed writes over what is there.
-        path.mkdir(parents=True, exist_ok=path.name.startswith("epoch"))
+        # DeepSpeed and transformers write over what is there.
+        path.mkdir(parents=True, exist_ok=True)
         for name in ("one", "two"):
             (path / name).write_text(text)
 
@@ -1292,11 +1255,11 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
             m.setattr(Path, name, killing(getattr(Path, name)))
         m.setattr(shutil, "rmtree", killing(shutil.rmtree))
         m.setattr(json, "dumps", killing(json.dumps))  # before a line of metrics.jsonl
-        locks, flock = [], q.fcntl.flock
-        m.setattr(q.fcntl, "flock", lambda lock, how: locks.append(lock) or flock(lock, how))
         cfg = q.Config("m", output_dir=str(folder), epochs=epochs, **changes)
+        locks = []
+        m.setattr(q, "FileLock", lambda path: locks.append(FileLock(path)) or locks[-1])
         try:
-            run = q.Run(cfg, {}, [])
+            run = q.Run(cfg, [])
             for epoch in range(run.epoch + 1, epochs + 1):
                 model = types.SimpleNamespace(
                     generation_config=types.SimpleNamespace(validate=lambda strict: 0),
@@ -1317,7 +1280,7 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
                     run.save_state(engine, epoch)
         finally:
             for lock in locks:  # as the end of a process would
-                os.close(lock)
+                lock.release(force=True)
     return next(calls)
 
 
@@ -1365,18 +1328,11 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
 
 def test_a_run_that_saved_nothing_does_not_keep_its_folder(tmp_path, monkeypatch, one_rank):
     """It did not get over its first models, say, and is started again with other settings."""
-    os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), {}, []).lock)
+    q.Run(q.Config("m", output_dir=str(tmp_path)), []).lock.release()
     a_run(tmp_path, 1, monkeypatch, alpha=1.5)
     assert json.loads((tmp_path / "config.json").read_text())["alpha"] == 1.5
     with pytest.raises(q.UserError, match=r"alpha 1\.5 there, 1\.4 here"):
         a_run(tmp_path, 2, monkeypatch)
-
-
-def test_secrets_of_monitors_are_not_written(tmp_path, one_rank):
-    ds_config = {"gradient_clipping": 1.0, "comet": {"api_key": "SECRET"}}
-    os.close(q.Run(q.Config("m", output_dir=str(tmp_path)), ds_config, []).lock)
-    text = (tmp_path / "config.json").read_text()
-    assert "gradient_clipping" in text and "SECRET" not in text
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch, one_rank):
@@ -1387,14 +1343,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
         raise OSError(28, "No space left on device", str(self))
 
     with monkeypatch.context() as m:
-        run = q.Run(q.Config("m", output_dir=str(tmp_path)), {}, [])
+        run = q.Run(q.Config("m", output_dir=str(tmp_path)), [])
         m.setattr(Path, "write_text", full)
         with pytest.raises(q.UserError, match=r"No space left on device: '.*epoch-002.jsonl.new'"):
             run.save_samples("epoch-002", [q.Sample(0, [user("x")], [1], [2])])
         engine = types.SimpleNamespace(save_checkpoint=full)
         with pytest.raises(q.UserError, match="epoch-002: not written, disk full"):
             run.save_state(engine, 2)
-    os.close(run.lock)
+    run.lock.release()
     a_run(tmp_path, 1, monkeypatch)
     assert contents(tmp_path) == before
 
@@ -1479,11 +1435,6 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         run(4.0, gpu_memory_utilization=0.1)
 
 
-def test_say_spells_control_characters_out(capsys):
-    q.say("a\x1b[31mred\x07\u202eb\nñ 好")
-    assert capsys.readouterr().out == "a\\x1b[31mred\\x07\\u202eb\nñ 好\n"
-
-
 @pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "gradient_accumulation_steps"])
 def test_ds_config_leaves_to_the_command_line_what_is_its(key, tmp_path, one_rank):
     path = write(tmp_path / "ds.json", json.dumps({"zero_optimization": {"stage": 3}, key: {}}))
@@ -1515,7 +1466,7 @@ def test_deal(seed):
 
 
 def test_whole_weights_come_one_by_one_in_the_models_order(monkeypatch):
-    gathered, fake = [], types.ModuleType("deepspeed")
+    gathered = []
 
     @contextlib.contextmanager
     def gather(parameters):
@@ -1523,8 +1474,7 @@ def test_whole_weights_come_one_by_one_in_the_models_order(monkeypatch):
         yield
         gathered.remove(parameters)
 
-    fake.zero = types.SimpleNamespace(GatheredParameters=gather)
-    monkeypatch.setitem(sys.modules, "deepspeed", fake)
+    monkeypatch.setattr(q.deepspeed.zero, "GatheredParameters", gather)
     parameters = small_llama(0).named_parameters()
     for (name, weight), (expected, parameter) in zip(
         q.whole_weights(small_llama(0)), parameters, strict=True
@@ -1838,12 +1788,12 @@ def test_what_a_run_writes_and_says(toy, run_2):
     out, said = run_2
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
-    assert config["positive_model"] == str(toy / "a") and config["date"] == "2024-08-27"
+    assert config["positive_model"] == str(toy / "a")
     epochs = metrics(out, "epoch")
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
-    chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE, config["date"])
+    chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE)
     keys = "kind epoch step loss kl sampler_gap_first sampler_gap_last response_tokens_mean"
-    keys += " truncated peak_memory_gib sync_seconds sample_seconds train_seconds"
+    keys += " truncated sample_seconds train_seconds"
     assert " ".join(epochs[0]) == keys
     keys = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
     assert " ".join(metrics(out, "step")[0]) == keys
@@ -1871,7 +1821,8 @@ def test_what_a_run_writes_and_says(toy, run_2):
         ends = [record["sampler_gap_first"], record["sampler_gap_last"]]
         assert ends == [steps[0]["sampler_gap"], steps[-1]["sampler_gap"]]
     assert "left out: {'duplicate': 0}" in said
-    assert f"pi_plus    {toy / 'a'}, alpha 1.4, shown: {PRINCIPLE}" in said
+    assert re.search(r"pi_0 +reads '<s><\|user\|>", said)
+    assert re.search(rf"pi_plus +reads '<s><\|system\|>{PRINCIPLE}<\|user\|>", said)
     assert "epoch-002, first sample" in said
     assert list((toy / "csv").rglob("*step_loss*"))  # DeepSpeed's monitor was fed
 
@@ -1940,7 +1891,6 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
             cross_entropy, entropy = oracle_loss(z, oracle_labels(pi_0, pi_0, s, 1.4))
         kl, tokens = kl + (cross_entropy - entropy).item(), tokens + len(s["response_ids"])
     assert record["eval_kl"] == pytest.approx(kl / tokens, rel=1e-3) and len(unseen) == 5
-    assert record["eval_response_tokens_mean"] == tokens / 5
     norm = metrics(tmp_path, "step")[0]["grad_norm"]
     assert norm == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     samples = read_jsonl(tmp_path / "samples" / "epoch-002.jsonl")
@@ -1975,7 +1925,7 @@ def assert_same_run(a, b):
 
     def lines(out):
         for record in read_jsonl(out / "metrics.jsonl"):
-            yield {k: v for k, v in record.items() if "second" not in k and k != "peak_memory_gib"}
+            yield {k: v for k, v in record.items() if "second" not in k}
 
     assert list(lines(a)) == list(lines(b))
     ours, theirs = weights_of(a / "model"), weights_of(b / "model")
@@ -2071,8 +2021,8 @@ def save_checkpoint(*_, **__):
     if os.environ["RANK"] == "1":
         raise OSError(28, "No space left on device")
 def train(cfg):
-    ds_config, _, prompts, _ = q.prepare(cfg)
-    q.Run(cfg, ds_config, prompts).save_state(SimpleNamespace(save_checkpoint=save_checkpoint), 1)
+    _, _, prompts, _ = q.prepare(cfg)
+    q.Run(cfg, prompts).save_state(SimpleNamespace(save_checkpoint=save_checkpoint), 1)
     q.dist.barrier()
 q.main(train)
 """
@@ -2144,7 +2094,7 @@ def watch_weights():
 
 def break_gradient():
     watch_weights()
-    loss, calls = q.soft_label_loss, []
+    loss, calls = q.SoftLabelLoss.apply, []
 
     def broken(h, *rest):
         calls.append(h)
@@ -2152,7 +2102,7 @@ def break_gradient():
             h.register_hook(lambda g: g * math.nan)
         return loss(h, *rest)
 
-    q.soft_label_loss = broken
+    q.SoftLabelLoss = types.SimpleNamespace(apply=broken)
 
 
 @processes
@@ -2215,7 +2165,10 @@ def test_a_sampler_without_the_weights_of_the_policy_stops_the_run(toy, tmp_path
             assert "SAME" not in result.stdout  # It was not fitted at all.
         else:
             assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in lines[0]
-            assert "vLLM has other weights" in lines[0] and "SAME True 21" in result.stdout
+            assert (
+                "vLLM's weights or computations differ" in lines[0]
+                and "SAME True 21" in result.stdout
+            )
         (record,) = metrics(tmp_path / fault, "step")
         assert record["sampler_gap"] < 1e-5
 
@@ -2444,7 +2397,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (["--model", "x", "--alpha", "a"], "error: argument --alpha: invalid float value: 'a'"),
         (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
         (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
-        (ours("--principle", "@no.txt"), "cannot be read (FileNotFoundError: [Errno 2] No such"),
         (ours("--data", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
         (ours("--data", "owner/no"), "owner/no: no such file or hub data set"),
         (ours("--data", write(tmp_path / "a.jsonl", "[]\n")), "line 1: a record needs 'prompt', "),
@@ -2455,10 +2407,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours("--model", broken), f"broken: {no_model}"),
         (ours("--model", remote), f"remote: {no_model}"),
         (ours("--positive_model", other), "its vocabulary has to be that of"),
-        (
-            ours("--positive_model", capped),
-            "it caps or scales its logits (final_logit_softcapping)",
-        ),
+        (ours("--positive_model", capped), "scales its logits: ['final_logit_softcapping']"),
         (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
         (ours("--max_new_tokens", 5000), has),
         (ours("--ds_config", tmp_path / "no.json"), f"{stage_3} (FileNotFoundError"),
@@ -2475,8 +2424,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ran("--epochs", 3), "another folder: ranks 2 there, 1 here"),
         (ran("--alpha", 1.5), "another run, use its settings or another folder: alpha 1.4 there"),
         (ran("--data", write_records(tmp_path / "b.jsonl", [{"prompt": "x"}])), "data_crc32"),
-        (ran(*ds("f", gradient_clipping=9.0)), "gradient_clipping 0.5 there, 9.0 here"),
-        (ran("--date", "2024-08-28"), "date '2024-08-27' there, '2024-08-28' here"),
     ]
     (tmp_path / "cases.json").write_text(json.dumps([[str(x) for x in case] for case, _ in cases]))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -2535,14 +2482,14 @@ def test_help_names_every_option_and_its_source():
 
 def test_the_core_needs_torch_alone():
     """Its section of the file runs where nothing else was imported."""
-    _, core = re.split(r"# -+ The core --\n", (HERE / "inverse_q.py").read_text())
+    _, core = re.split(r"# -+ The core, .* --\n", (HERE / "inverse_q.py").read_text())
     core = re.split(r"# -+ Data --\n", core)[0]
     pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Callable": Callable}
     exec(core, pasted)
     h, weight = some_logits(6, 5, 3, 1.0).requires_grad_(), some_logits(11, 5, 4, 1.0)
     labels, tokens = some_logits(seed=1).log_softmax(-1), torch.tensor([3, 0, 10, 7, 7, 1])
-    for f in (pasted["soft_label_loss"], q.soft_label_loss):
-        loss, *_ = f(h, weight, None, lambda rows: labels[rows], tokens)
+    for f in (pasted["SoftLabelLoss"], q.SoftLabelLoss):
+        loss, *_ = f.apply(h, weight, None, lambda rows: labels[rows], tokens)
         loss.backward()
     torch.testing.assert_close(
         h.grad, 2 * torch.autograd.grad(oracle_loss(h @ weight.t(), labels)[0], h)[0]

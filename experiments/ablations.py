@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from experiments import tiny_world as world
-from inverse_q import logits, soft_label_loss, superior_policy
+from inverse_q import SoftLabelLoss, logits, superior_policy
 
 SEEDS = (0, 1, 2)
 EPOCHS, SAMPLES, BATCH_SIZE, LEARNING_RATE = 6, 256, 16, 1e-4
@@ -92,7 +92,7 @@ def loss_of(variant: Variant, policy, teacher, x, x_plus, y) -> tuple[Tensor, fl
         log_pi_hat = superior_policy(z_0, z_plus, variant.alpha, variant.plausibility)
     tokens = torch.tensor([token for response in y for token in response])  # [T]
     h, weight = final_states(policy, x, y), policy.lm_head.weight
-    loss, entropy, _ = soft_label_loss(h, weight, None, log_pi_hat.__getitem__, tokens)
+    loss, entropy, _ = SoftLabelLoss.apply(h, weight, None, log_pi_hat.__getitem__, tokens)
     kl = (loss - entropy).item() / len(tokens)
     log_pi_theta = logits(h, weight, None).log_softmax(-1)  # [T, V]
     if variant.loss == "reverse KL":  # KL(pi_theta || pi_hat), over the whole vocabulary as well

@@ -113,7 +113,7 @@ def losses(T, d, V, alpha=1.4):
 
     def fused():
         h.grad = weight.grad = None
-        loss, *_ = q.soft_label_loss(h, weight, None, labels, tokens)
+        loss, *_ = q.SoftLabelLoss.apply(h, weight, None, labels, tokens)
         loss.backward()
 
     def plain():
@@ -287,7 +287,7 @@ def bench_train(model, samples, stretch, checkpointing=True):
     before, seconds, after, paper_seconds = seconds_of(
         products, ours, products, papers, repeats=max(1, 32 // samples), warm_up=False
     )
-    peak = sum(q.gather([20 * 2 * MATRIX**3 / min(before, after)]))  # FLOP/s of all ranks
+    peak = ranks * 20 * 2 * MATRIX**3 / min(before, after)  # FLOP/s of all ranks, which are alike
     config = policy.model.config
     lengths = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in batch]
     micro_steps = q.deal(lengths, ranks, cfg.micro_batch_tokens)
@@ -368,8 +368,8 @@ def make_engines(model, new_tokens):
     """Sampler and policy, in the order in which training makes them."""
     q.join_ranks()
     cfg = q.Config(model=model, dtype=DTYPE_NAME, max_new_tokens=new_tokens)
-    sampler = q.Sampler(cfg, q.Chat(q.load_tokenizer(cfg), None, cfg.date))
-    with sampler.apart():
+    sampler = q.Sampler(cfg, q.Chat(q.load_tokenizer(cfg), None))
+    with q.unpatched(sampler.llm):
         return sampler, q.load_model(model, cfg, q.deepspeed_config(cfg))
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import inverse_q as q
-from experiments.evaluate import prepare, responses
+from experiments.evaluate import prepare, prompts_of, responses
 from experiments.tiny_world import BLUE, ORANGE, tint, write_jsonl
 
 
@@ -42,9 +42,8 @@ class Credit:
 def read_pairs(cfg, chat):
     """(prompt, record) of all records of --data whose prompt fits, in their order. A prompt may
     come with several responses, but counts once where the model has to respond."""
-    known, limit = set(), cfg.max_prompt_tokens
-    records = q.read_records(cfg.data, "test")
-    for prompt, record in q.read_prompts(records, chat, limit, collections.Counter()):
+    known = set()
+    for prompt, record in prompts_of(cfg, chat):
         key = json.dumps([prompt, record.get("response"), record.get("response_ids")])
         if key not in known:
             known.add(key)
@@ -54,7 +53,7 @@ def read_pairs(cfg, chat):
 def read_samples(cfg):
     """The first --eval_samples samples of --data, with a response of their own or of --model, and
     the tokenizer."""
-    chat = q.Chat(q.load_tokenizer(cfg), cfg.principle, cfg.date)
+    chat = q.Chat(q.load_tokenizer(cfg), cfg.principle)
     pairs = list(itertools.islice(read_pairs(cfg, chat), cfg.eval_samples))
     q.check(pairs, f"{cfg.data}: no prompt to use")
     asked = [prompt for prompt, record in pairs if not record.get("response")]
@@ -79,6 +78,14 @@ def prepare_contrast(cfg):
     samples, tokenizer = read_samples(cfg)
     q.join_ranks()
     return samples, tokenizer, q.SuperiorPolicy(cfg, ds_config)
+
+
+def token_credit(log_pi_hat, log_pi_0, tokens, beta=1.0):
+    """A(s_t, a_t) = beta [log pi_hat(a_t|s_t) - log pi_0(a_t|s_t)], [..., T] (from eq. 6-10).
+
+    The policies are [..., T, V], the tokens a_t [..., T]; the unit is nats for beta = 1. The sum
+    over t is the reward of the response (eq. 6)."""
+    return beta * (log_pi_hat - log_pi_0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def three_policies(superior, cfg, sample):
@@ -108,7 +115,7 @@ def sums_of(log_pi_0, log_pi_plus, tokens, alpha, plausibility):
         "kl": pi_hat * (log_pi_hat - log_pi_0),
         "entropy": -pi_hat * log_pi_hat,
         "implausible": pi_hat[implausible],
-        "credit": q.token_credit(log_pi_hat, log_pi_0, tokens),
+        "credit": token_credit(log_pi_hat, log_pi_0, tokens),
     }
     return {name: part.sum(dtype=torch.float64).item() for name, part in parts.items()}
 
@@ -172,7 +179,7 @@ def credit_record(policies, sample, tokenizer):
     """A line of credit.jsonl: a response, token by token. policies: [3, T, V]."""
     tokens = torch.tensor(sample.response_ids, device=policies.device)
     log_pi_0, log_pi_plus, log_pi_hat = policies
-    credit = q.token_credit(log_pi_hat, log_pi_0, tokens).double()
+    credit = token_credit(log_pi_hat, log_pi_0, tokens).double()
 
     def of_tokens(log_pi):
         return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
@@ -232,15 +239,19 @@ def article(question, record, notes, scale):
     )
 
 
+def spelt_out(text):
+    """A text whose control characters do nothing in a terminal."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def print_tinted(question, record, scale):
-    """A response in the terminal, control characters spelt out."""
-    q.say(f"\n{question}")
+    """A response in the terminal."""
+    print(f"\n{spelt_out(question)}")
     colored = ""
     for token, credit in zip(record["tokens"], record["credit"], strict=True):
         color, strength = tint(credit, scale)
         red, green, blue = (round(255 - strength * (255 - part)) for part in color)
-        text = token if token.isprintable() else repr(token)[1:-1]
-        colored += f"\x1b[30;48;2;{red};{green};{blue}m{text}\x1b[0m"
+        colored += f"\x1b[30;48;2;{red};{green};{blue}m{spelt_out(token)}\x1b[0m"
     print(colored)
     print(f"reward {record['reward']:+.3f} nats")
 

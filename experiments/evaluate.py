@@ -24,6 +24,7 @@ asks only for what is missing. It is a single process; vLLM has another one for 
 """
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -89,6 +90,7 @@ class Settings(q.Config):
 
     model: str | None = q.option(None, "Model to compare, a hub id or a folder.")
     output_dir: str = q.option("out/evaluation", "Folder for what is written.")
+    trust_remote_code: bool = q.option(False, "Run code of the reward model's repository.")
 
 
 @dataclasses.dataclass
@@ -131,7 +133,7 @@ def shown_prompts(cfg, name, prompts):
     own = config_of(cfg, name)
     if name == own.model:
         return prompts
-    chat = q.Chat(q.load_tokenizer(own), own.principle, own.date)
+    chat = q.Chat(q.load_tokenizer(own), own.principle)
     return [chat.with_principle(prompt) for prompt in prompts]
 
 
@@ -140,7 +142,7 @@ def responses_file(cfg, name, prompts):
     own = config_of(cfg, name)
     weights = sorted(Path(own.model).glob("*.safetensors"))
     files = [(str(path), path.stat().st_mtime) for path in weights]
-    cause = [own.model, files, own.temperature, own.max_new_tokens, own.seed, own.date]
+    cause = [own.model, files, own.temperature, own.max_new_tokens, own.seed]
     key = zlib.crc32(json.dumps([cause, shown_prompts(cfg, name, prompts)]).encode())
     return Path(own.output_dir, "responses", f"{key:08x}.json")
 
@@ -170,10 +172,10 @@ def respond(path):
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("vllm").setLevel("ERROR")  # Until the engine is built, vLLM sets no level.
     request = json.loads(Path(path).read_text())
-    cfg = q.Config(**request["cfg"])
+    cfg = Settings(**request["cfg"])
     q.join_ranks()
     # Where a principle is to be shown, the prompt has it.
-    chat = q.Chat(q.load_tokenizer(cfg), None, cfg.date)
+    chat = q.Chat(q.load_tokenizer(cfg), None)
     sampler = q.Sampler(cfg, chat)
     sampler.llm.wake_up(tags=["weights"])
     sampler.llm.collective_rpc("reload_weights")  # those on disk
@@ -196,19 +198,36 @@ def read_template(ev):
         raise q.UserError(message) from error
 
 
+def prompts_of(cfg, chat):
+    """(prompt, record) of all records of --data whose prompt fits, in their order."""
+    for place, record in q.read_records(cfg.data, "test"):
+        needs = f"{place}: a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
+        with q.as_user_error(needs, KeyError, TypeError, AttributeError, ValueError):
+            prompt = q.prompt_of(record)
+        with contextlib.suppress(q.UserError):
+            yield chat.shorten(prompt, cfg.max_prompt_tokens), record
+
+
+def fits(prompt, chat, limit):
+    """Whether a model can be shown the prompt as it is."""
+    try:
+        return chat.shorten(prompt, limit) == prompt
+    except q.UserError:
+        return False
+
+
 def draw(cfg, names):
     """Prompts that are short enough for every model, and their records."""
     chats = []
     for model in dict.fromkeys(config_of(cfg, name).model for name in names):
-        chats.append(q.Chat(q.load_tokenizer(config_of(cfg, model)), cfg.principle, cfg.date))
+        chats.append(q.Chat(q.load_tokenizer(config_of(cfg, model)), cfg.principle))
 
-    distinct, left_out, limit = {}, collections.Counter(), cfg.max_prompt_tokens
-    records = q.read_records(cfg.data, "test")
-    for prompt, record in q.read_prompts(records, chats[0], limit, left_out):
+    distinct, limit = {}, cfg.max_prompt_tokens
+    for prompt, record in prompts_of(cfg, chats[0]):
         distinct.setdefault(json.dumps(prompt), (prompt, record))
     pairs = list(distinct.values())
     for chat in chats:
-        pairs = [pair for pair in pairs if chat.shorten(pair[0], limit) == pair[0]]
+        pairs = [pair for pair in pairs if fits(pair[0], chat, limit)]
     short = "no prompt is as short as that for every model"
     q.check(pairs, f"--max_prompt_tokens {limit}: {short}")
     count = min(cfg.eval_samples, len(pairs))

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-PHASES = {"sync_seconds": "sync", "sample_seconds": "sample", "train_seconds": "contrast and fit"}
+PHASES = {"sample_seconds": "sample", "train_seconds": "contrast and fit"}
 
 
 def start_drawing():
@@ -75,8 +75,6 @@ def draw_run(axes, steps, epochs):
     # The held-out prompts are answered before the steps of an epoch.
     held_out = {"marker": ".", "color": "C2"}
     line(kl, epochs, at_start, "eval_kl", "held-out prompts", **held_out)
-    key = "eval_response_tokens_mean"
-    line(length, epochs, at_start, key, "held-out prompts", **held_out)
     line(gap, steps, of_step, "sampler_gap", "step", linewidth=0.8)
     gap.set_yscale("log")
     below = [0.0] * len(epochs)

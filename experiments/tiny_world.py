@@ -371,6 +371,8 @@ def credit_of(model_folder, messages, shown, reply, alpha):
     """(token, credit in nats) of every token of a reply, and of the end of it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from experiments.credit import token_credit  # Here, because that module imports this one.
+
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     y = tokenizer(reply, add_special_tokens=False)["input_ids"]
@@ -382,7 +384,7 @@ def credit_of(model_folder, messages, shown, reply, alpha):
 
     log_pi_0 = log_pi(messages)
     log_pi_hat = q.superior_policy(log_pi_0, log_pi(shown), alpha)
-    credit = q.token_credit(log_pi_hat, log_pi_0, torch.tensor(y)).tolist()
+    credit = token_credit(log_pi_hat, log_pi_0, torch.tensor(y)).tolist()
     return [(tokenizer.decode([token]), a) for token, a in zip(y, credit, strict=True)]
 
 
