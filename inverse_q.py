@@ -24,16 +24,16 @@ WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. b
   reward           r(x, y_<=t) = beta log[ pi_hat(y_<=t|x) / pi_0(y_<=t|x) ]            (eq. 6)
   objective        J(pi) = E_pi[r] - beta KL(pi || pi_0) = -beta KL(pi || pi_hat)       (eq. 3, 5)
   value            V(s_t) = beta log E_pi_0[exp(r(x, y) / beta) | s_t] = r(x, y_<t)     (eq. 7-10)
-  credit           A(s_t, a_t) = V(s_{t+1}) - V(s_t), a step that the paper leaves out
+  credit (ours)    A(s_t, a_t) = V(s_{t+1}) - V(s_t) = beta log[ pi_hat(a_t|s_t) / pi_0(a_t|s_t) ]
 
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
 mean of KL(pi_hat || pi_theta) over the tokens of the samples. A state is worth the reward of its
-prefix, because pi_hat's continuations of it sum to 1; so no critic is learnt. Lemma 4.1, by which
-mixing pi_hat into pi_theta never lowers J, mixes distributions over whole responses, not tokens.
+prefix, because the probabilities of its continuations sum to 1; so no critic is learnt. Lemma 4.1,
+by which mixing pi_hat into pi_theta never lowers J, is about distributions over whole responses.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy (as it
-             was when the epoch began); fresh prompts every epoch, and one response to each.
+             was when the epoch began); fresh prompts while the data last, one response to each.
   Batch      16 samples per optimizer step, the paper's 2 per GPU on 8 GPUs; an epoch's last step
              takes what remains. N counts over all micro-batches and ranks of the step.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
@@ -42,9 +42,9 @@ WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
 
 RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a tiny world)
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
-RANKS   DeepSpeed runs this file once per GPU, a rank each. ZeRO-3 shards all weights over them but
-        for vLLM's and the frozen output layers. "Collective": all ranks have to make this call, in
-        the same order, because they wait for one another in it.
+RANKS   DeepSpeed runs this file once per GPU, a rank each. ZeRO-3 shards all weights over them,
+        except vLLM's and the frozen output layers. "Collective": all ranks have to make this call,
+        in the same order, because they wait for one another in it.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ PRINCIPLE = (
 
 
 def option(default: object, text: str):
-    """A field of Config. Its text for --help cites the paper or says that the value is ours."""
+    """A field of Config. Where its text for --help cites no source, the default is our choice."""
     source = "" if default in (MISSING, None) or "(" in text else " (our choice)"
     return field(default=default, metadata={"help": text + source})
 
@@ -108,12 +108,12 @@ class Config:
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
     principle: str | None = option(None, "Text that pi_plus is shown; has a default (sec. 4.2).")
     positive_model: str | None = option(None, "pi_plus, by default without a principle (sec. 5.3).")
-    negative_model: str | None = option(None, "pi_0, and pi_plus unless that is given (sec. 5.3).")
+    negative_model: str | None = option(None, "pi_0, if not --model; pi_plus's default (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
     plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best.")
     # Prompts and responses.
     data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
-    eval_data: str | None = option(None, "Held-out prompts; kl is measured before each epoch.")
+    eval_data: str | None = option(None, "Held-out prompts; eval_kl is measured before each epoch.")
     eval_samples: int = option(100, "Prompts drawn from --eval_data.")
     max_prompt_tokens: int = option(1024, "Limit of a prompt, principle included.")
     max_new_tokens: int = option(1024, "Limit of a response (app. A).")
@@ -175,7 +175,7 @@ class SoftLabelLoss(torch.autograd.Function):
 
     h [T, d] holds the policy's final hidden states at the positions that predict the response
     tokens, tokens [T]; weight [V, d] and bias [V] or None are the output layer; labels is a
-    function from a slice of the tokens to finite log pi_hat, [t, V]. Returns H(pi_hat, pi_theta)
+    function from a slice of C tokens to finite log pi_hat, [C, V]. Returns H(pi_hat, pi_theta)
     and H(pi_hat), both summed over the tokens, in nats; their difference is KL(pi_hat || pi_theta);
     and log pi_theta(a_t|s_t), [T]. Only the first has a gradient, if h requires one, and for one
     backward pass. It is made together with the loss, so that no [T, V] tensor ever exists."""
@@ -194,8 +194,8 @@ class SoftLabelLoss(torch.autograd.Function):
 
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
-            log_pi_hat = labels(rows)  # [t, V], t <= chunk
-            log_pi_theta = logits(h[rows], weight, bias).log_softmax(-1)  # [t, V]
+            log_pi_hat = labels(rows)  # [C, V], C <= chunk
+            log_pi_theta = logits(h[rows], weight, bias).log_softmax(-1)  # [C, V]
             pi_hat = log_pi_hat.exp()
             cross_entropy -= torch.linalg.vecdot(pi_hat, log_pi_theta).sum()
             entropy -= torch.linalg.vecdot(pi_hat, log_pi_hat).sum()
@@ -203,9 +203,9 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # In place, because these are the largest tensors. 1/N comes with backward()'s scale.
+            # In place: the next three are one tensor, a large one. backward()'s scale brings 1/N.
             pi_theta = log_pi_theta.exp_()
-            grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [t, V]
+            grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
             if bias is not None:
                 grad_bias += grad_logits.sum(0)
@@ -223,7 +223,7 @@ class SoftLabelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # Scaled in place and no longer referred to here, they become .grad without a copy.
+        # Scaled in place, and no reference is kept, so that autograd makes them .grad uncopied.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.mul_(scale) for g in gradients)
         return *scaled, None, None, None
@@ -237,7 +237,7 @@ ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
 def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str, str]]:
-    """(role, text) of every turn of messages or an HH text. Another text is one turn by speaker."""
+    """(role, text) of every turn of messages or an HH text. Other text is one turn, by speaker."""
     if isinstance(conversation, list):
         turns = [(message["role"], message["content"]) for message in conversation]
     elif HH_TURN.match(conversation):
@@ -280,8 +280,8 @@ def prompt_of(record: dict) -> list[Message]:
 
 # --------------------------------------------------------------------------------------- Prompts --
 TODAY = datetime(2024, 8, 27)  # for templates that print it: a resumed run needs equal contexts
-# FastChat's vicuna_v1.1, because Vicuna v1.5 has no chat template. The space after the BOS is the
-# one that SentencePiece puts before a text; after a BOS that is written out it does not.
+# FastChat's vicuna_v1.1, because Vicuna v1.5 has no chat template. The space after the BOS is what
+# SentencePiece puts before a text; after a BOS that is written out, it puts none.
 VICUNA_TEMPLATE = (
     "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -306,7 +306,7 @@ class Chat:
     """A tokenizer's chat format, and where the principle goes in it: the only difference between
     the contexts of pi_0 and pi_plus. The principle follows the system text that pi_0 sees, the
     prompt's own or the template's default. Without such a text the principle is the system message.
-    Where a template takes no system message, that is put before the first user turn's text."""
+    Where a template takes no system message, its text goes before the first user turn's."""
 
     def __init__(self, tokenizer, principle: str | None):
         self.tokenizer, self.principle = tokenizer, principle
@@ -373,7 +373,7 @@ class Sample:
     principle_prompt_ids: list[int]  # x as pi_plus sees it
     response_ids: list[int] = field(default_factory=list)  # y, the same ids after either context
     response: str = ""
-    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, temperature 1
+    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, at temperature 1
     finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
 
 
@@ -389,20 +389,20 @@ class Sampler:
         threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1")))
         gpu, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_new_tokens
         engines = dist.get_world_size() // cfg.tensor_parallel_size
-        share = math.ceil(max(cfg.samples_per_epoch, cfg.eval_samples) / engines)
+        per_engine = math.ceil(max(cfg.samples_per_epoch, cfg.eval_samples) / engines)
         self.llm = LLM(
             cfg.model,
             dtype=cfg.dtype,
             max_model_len=length,
-            max_num_seqs=min(share, 512),
+            max_num_seqs=min(per_engine, 512),
             hf_overrides={"head_dtype": "float32"} if gpu else None,  # as training's logits
             enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
             tensor_parallel_size=cfg.tensor_parallel_size,
             distributed_executor_backend="external_launcher",  # This process is the worker.
-            enforce_eager=not gpu,  # CUDA graphs on a GPU; compiling costs more on a CPU.
+            enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU, compiling does not pay.
             enable_sleep_mode=gpu,
             gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if gpu else 2**30,  # default: a share of all memory
+            kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of all memory
             use_tqdm_on_load=False,
         )
         self.llm.sleep(level=2)  # Level 2 frees the weights too. On a CPU it does nothing.
@@ -477,7 +477,7 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
 
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # HfDeepSpeedConfig would need accelerate. Only a weak reference to zero3 is kept.
+    # HfDeepSpeedConfig would need accelerate. transformers refers to zero3 weakly: keep the name.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
@@ -486,7 +486,7 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
-    # zero.Init has rounded the rotary frequencies to bfloat16, at position 1,000 radians wrong.
+    # zero.Init has rounded the rotary frequencies to bfloat16: at position 1,000, off by radians.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -506,9 +506,9 @@ def unpatched(llm):
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. Another teacher is another such
-    class in train(): it takes samples, possibly none, and returns the labels of SoftLabelLoss. That
-    function makes no collective calls, because ranks have different numbers of chunks."""
+    because each chunk of the loss needs them. Collective to build. For another teacher give train()
+    another such class: it takes samples, possibly none, and returns SoftLabelLoss's labels. These
+    make no collective calls, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config: dict):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
@@ -736,7 +736,7 @@ def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed
     there are; and how many of the records that were looked at were left out, by reason."""
     records, prompts, left_out = list(read_records(data, split)), {}, Counter()
     random.Random(seed).shuffle(records)
-    for place, record in tqdm(records, f"Prompts of {data}", leave=False):
+    for place, record in tqdm(records, f"Prompts of {data}", count, leave=False):
         if len(prompts) == count:
             break
         needs = f"{place}: a record needs 'prompt', 'messages', or 'chosen' and 'rejected'"
@@ -907,7 +907,7 @@ def end_at_once(kind: type, error: BaseException, *trace: object):
         time.sleep(5 if os.environ.get("LOCAL_RANK", "0") != "0" else 0)
         print(f"{Path(sys.argv[0]).name}:", *str(error).split(), flush=True)
         os._exit(2)
-    time.sleep(2)  # If another rank failed first, it ends this one before what follows is shown.
+    time.sleep(2)  # If another rank failed first, the launcher ends this one before it prints.
     sys.__excepthook__(kind, error, *trace)
     os._exit(1)
 
@@ -986,7 +986,7 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -
     state = size * (1 + frozen) + (0 if offload else 16)
     keeps = state * weights / ranks + size * frozen * head + 3e9  # NCCL, CUDA graphs
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
-    # keeps those of one layer, and of the others the input. DeepSpeed gathers 1e9 weights at most.
+    # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
     activations = size * kept * cfg.micro_batch_tokens * config.hidden_size
     fitting = activations + size * min(weights, 1e9) + (8 + size) * head
@@ -1002,7 +1002,7 @@ def check_memory(cfg: Config, ds_config: dict):
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
     needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
     text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(*needs)
-    say(f"Inverse-Q* on {ranks} rank(s) in {cfg.dtype}, each of which needs about {text}")
+    say(f"Inverse-Q* in {cfg.dtype} on {ranks} rank(s), each of which needs about {text}")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
         text += f", of {total:.1f} GB"
@@ -1034,7 +1034,7 @@ def load_tokenizer(cfg: Config):
         scales = "final_logit_softcapping", "logits_scaling", "logit_scale"
         scaled = [key for key in scales if getattr(config, key, None) not in (None, 1)]
         check(not scaled, f"{name}: unsupported, it caps or scales its logits: {scaled}")
-    if hasattr(own, "legacy"):  # Of Llama's: it changes ids, and transformers does not save it.
+    if hasattr(own, "legacy"):  # Llama's flag: it changes ids, and transformers does not save it.
         own.init_kwargs["legacy"] = own.legacy
     return own
 
@@ -1068,7 +1068,7 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
-    logging.captureWarnings(True)  # vLLM sets some off in PyTorch. Nobody prints the log records.
+    logging.captureWarnings(True)  # Hides warnings, which vLLM sets off in PyTorch.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
