@@ -40,8 +40,10 @@ import hypothesis
 import psutil
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import inverse_q as q
 
@@ -69,7 +71,6 @@ CHAT_TEMPLATE = (
 def make_tokenizer():
     """A tokenizer of 261 tokens, without training: each is a byte, or special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -77,7 +78,7 @@ def make_tokenizer():
     bpe.add_special_tokens(special)
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
     )
 
@@ -91,10 +92,13 @@ SMALL = {
 
 def make_llama(seed=0, **changes):
     """A Llama with random weights that goes with make_tokenizer(); changes go to its config."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": False, **changes}))
+    config = transformers.LlamaConfig(**{**SMALL, "tie_word_embeddings": False, **changes})
+    return transformers.LlamaForCausalLM(config)
+
+
+def load_float64(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------- Oracles --
@@ -138,14 +142,9 @@ def oracle_labels(pi_0, pi_plus, sample, alpha, plausibility=0.0):
 
 
 def replay(base, run, alpha, clip, rate, batch_size):
-    """A whole run in plain PyTorch on one process, from its samples files.
-
-    No DeepSpeed, no vLLM, no micro-batches. Yields (records of the steps, policy) of every epoch.
-    """
-    from transformers import AutoModelForCausalLM
-
-    pi_0 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    policy = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    """A whole run in plain PyTorch on one process, from its samples files: no DeepSpeed, no vLLM,
+    no micro-batches. Yields (records of the steps, policy) of every epoch."""
+    pi_0, policy = load_float64(base), load_float64(base)
     optimizer = torch.optim.AdamW(policy.parameters(), rate, weight_decay=0.0)
     for file in sorted((run / "samples").glob("epoch-*")):
         samples, records = read_jsonl(file), []
@@ -241,42 +240,51 @@ def test_no_tokens_no_loss_but_a_gradient():
     assert weight.grad.abs().sum() == 0 and h.grad.shape == (0, 5)
 
 
-def watched_loss(chunk):
-    """[(operation, elements of its result)] of the loss and its backward pass."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    """Notes every operation and the number of elements of its result."""
 
-    seen = []
+    def __init__(self):
+        super().__init__()
+        self.operations, self.sizes = [], []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            seen.extend((function, x.numel()) for x in (out,) if isinstance(x, torch.Tensor))
-            return out
-
-    t, d, v = 96, 4, 1000
-    x, weight = torch.randn(t, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    h = x * 2  # has no gradient where none is wanted, as the body's output
-    labels = torch.randn(chunk, v).log_softmax(-1)
-    with Watch():
-        tokens = torch.zeros(t, dtype=torch.long)
-        inputs = h, weight, None, lambda rows: labels.clone(), tokens, chunk
-        loss, *_ = q.SoftLabelLoss.apply(*inputs)
-        if loss.requires_grad:
-            loss.backward()
-    return seen
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.operations.append(str(function))
+            self.sizes.append(out.numel())
+        return out
 
 
-def test_memory_and_products_of_the_loss():
+@pytest.mark.parametrize("fit, products", [(True, 3), (False, 1)])
+def test_memory_and_products_of_the_loss(fit, products):
     """No tensor outgrows its chunk. Held-out prompts want no gradient, which is two thirds of the
     work: without gradients the forward product is the only one."""
+    t, d, v, chunk = 96, 4, 1000, 8
+    x, weight = torch.randn(t, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    labels, tokens = torch.randn(chunk, v).log_softmax(-1), torch.zeros(t, dtype=torch.long)
+    with torch.set_grad_enabled(fit):
+        h = x * 2  # has no gradient where none is wanted, as the body's output
+        with Watch() as watch:
+            inputs = h, weight, None, lambda rows: labels.clone(), tokens, chunk
+            loss, *_ = q.SoftLabelLoss.apply(*inputs)
+            if fit:
+                loss.backward()
+    assert max(watch.sizes) == chunk * v
+    assert sum("mm" in name for name in watch.operations) == products * t // chunk
 
-    def products(seen):
-        return sum("mm" in str(function) for function, _ in seen)
 
-    chunks, seen = 96 // 8, watched_loss(chunk=8)
-    assert max(size for _, size in seen) == 8 * 1000 and products(seen) == 3 * chunks
-    with torch.no_grad():
-        assert products(watched_loss(chunk=8)) == chunks
+def test_the_core_needs_torch_alone():
+    """Its section of the file runs where nothing else was imported."""
+    _, core = re.split(r"# -+ The core, .* --\n", (HERE / "inverse_q.py").read_text())
+    core = re.split(r"# -+ Data --\n", core)[0]
+    pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Callable": Callable}
+    exec(core, pasted)
+    h, weight = some_logits(6, 5, 3, 1.0).requires_grad_(), some_logits(11, 5, 4, 1.0)
+    labels = pasted["superior_policy"](some_logits(seed=1), some_logits(seed=2), 1.4, 0.1)
+    tokens = torch.tensor([3, 0, 10, 7, 7, 1])
+    pasted["SoftLabelLoss"].apply(h, weight, None, lambda rows: labels[rows], tokens)[0].backward()
+    (expected,) = torch.autograd.grad(oracle_loss(h @ weight.t(), labels)[0], h)
+    torch.testing.assert_close(h.grad, expected)
 
 
 # ------------------------------------------------------------------ Tests: the theory, on a tree --
@@ -294,12 +302,6 @@ def tree_policies(vocabulary=3, depth=3, seed=0):
 
 def log_probability(policy, y, start=0):
     return sum(policy[y[:t]][y[t]] for t in range(start, len(y)))
-
-
-def log_responses(seed):
-    """log-probabilities of all whole responses under pi_0, pi_plus and pi_hat, [3, responses]."""
-    policies, leaves = tree_policies(seed=seed)
-    return torch.stack([torch.stack([log_probability(p, y) for y in leaves]) for p in policies])
 
 
 def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
@@ -332,30 +334,27 @@ def objective(log_p, log_0, reward, beta):
     return (p * reward).sum() - beta * (torch.special.xlogy(p, p) - p * log_0).sum()
 
 
-def test_the_objective_is_the_distance_from_pi_hat_and_largest_there():
-    """J(pi) = -beta KL(pi || pi_hat), so lemma 4.1 may always assume J(pi_hat) >= J(pi_theta)."""
+def test_the_objective_is_the_distance_from_pi_hat_and_mixing_it_in_raises_it():
+    """J(pi) = -beta KL(pi || pi_hat), largest at pi_hat. By lemma 4.1 mixing over whole responses
+    is never worse: not from pi_theta = pi_0, where training starts, nor from elsewhere."""
     beta = 0.7
     for seed in range(40):
-        log_0, log_plus, log_hat = log_responses(seed)
+        policies, leaves = tree_policies(seed=seed)
+        log_0, log_plus, log_hat = (
+            torch.stack([log_probability(policy, y) for y in leaves]) for policy in policies
+        )
+        reward = beta * (log_hat - log_0)  # eq. 6
         noise = torch.randn(3, len(log_0), generator=torch.Generator().manual_seed(seed)).double()
         sharp = (noise[0] * 30).log_softmax(0)  # all but one response
         for log_theta in (log_0, log_plus, log_hat, sharp, *(log_hat + noise).log_softmax(-1)):
-            j = objective(log_theta, log_0, beta * (log_hat - log_0), beta)  # the reward of eq. 6
+            j = objective(log_theta, log_0, reward, beta)
             kl = (log_theta.exp() * (log_theta - log_hat)).sum()
             torch.testing.assert_close(j, -beta * kl, rtol=1e-9, atol=1e-9)
             assert j < -1e-3 or log_theta is log_hat  # and J(pi_hat) = 0
-
-
-def test_lemma_4_1_no_mixture_over_whole_responses_is_worse():
-    """From pi_theta = pi_0, where training starts, and from anywhere else."""
-    for seed in range(40):
-        log_0, log_plus, log_hat = log_responses(seed)
         for log_theta in (log_0, log_plus):
-            log_mixtures = [
-                (lam * log_hat.exp() + (1 - lam) * log_theta.exp()).log()
-                for lam in (0, 0.01, 0.1, 0.5, 0.9, 1)
-            ]
-            j = torch.stack([objective(m, log_0, log_hat - log_0, 1.0) for m in log_mixtures])
+            shares = torch.tensor([0, 0.01, 0.1, 0.5, 0.9, 1])
+            mixtures = [torch.lerp(log_theta.exp(), log_hat.exp(), share).log() for share in shares]
+            j = torch.stack([objective(log_pi, log_0, reward, beta) for log_pi in mixtures])
             assert (j.diff() > 0).all()
 
 
@@ -385,16 +384,11 @@ def hh(*turns):
     )
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def turn(role, text):
+    return {"role": role, "content": text}
 
 
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
+system, user, assistant = (functools.partial(turn, r) for r in ("system", "user", "assistant"))
 
 
 def pair(chosen, rejected):
@@ -402,9 +396,7 @@ def pair(chosen, rejected):
     return {"chosen": hh(*chosen), "rejected": hh(*rejected)}
 
 
-ROLES_IN_A_ROW = (
-    "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e\n\nAssistant: "
-)
+ROLES_IN_A_ROW = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e"
 
 
 @pytest.mark.parametrize(
@@ -419,8 +411,7 @@ ROLES_IN_A_ROW = (
         (pair("abc", "abz"), [user("a")]),
         (pair("ab", ["a", ""]), [user("a")]),  # an empty reply
         (pair("ab", "zb"), []),  # nothing shared
-        ({"chosen": f"{ROLES_IN_A_ROW}x", "rejected": f"{ROLES_IN_A_ROW}y"},
-         [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
+        ({"prompt": ROLES_IN_A_ROW}, [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
         (pair("ab" * 18, "ab" * 17 + "ac"), [user("a"), assistant("b")] * 17 + [user("a")]),
         (pair(["Say \n\nplease", "b"], ["Say \n\nplease", "c"]), [user("Say \n\nplease")]),
         ({"prompt": "  plain text "}, [user("plain text")]),
@@ -654,33 +645,72 @@ ALTERNATING = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 )
 TURNS = "{% for m in turns %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+DAY = "{{ strftime_now('%d %b %Y') }}"
 
 
-def with_system_text(template, default="''"):
-    """A template for `system` and the other `turns`; default is an expression."""
+def with_system_text(template, default=""):
+    """A template for `system`, by default a text of its own, and for the other `turns`."""
     return (
         "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
         "{% set system = messages[0].content %}{% else %}{% set turns = messages %}"
-        f"{{% set system = {default} %}}{{% endif %}}{template}"
+        f"{{% set system %}}{default}{{% endset %}}{{% endif %}}{template}"
     )
 
 
-DEFAULT_SYSTEM = with_system_text(
-    "<system>{{ system }}</>" + TURNS, "'You are Q.'"
-)  # Qwen's manner
-EMPTY_SYSTEM = DEFAULT_SYSTEM.replace("You are Q.", "")  # Llama 3.1's manner
-IGNORES_SYSTEM = with_system_text(TURNS)
-REFUSES_SYSTEM = (  # Gemma's manner
+# In the manner of templates that are in use: what each does that others do not.
+QWEN = with_system_text("<system>{{ system }}</>" + TURNS, "You are Q.")
+LLAMA = with_system_text(f"<system>Today: {DAY}\n\n{{{{ system|trim }}}}</>" + TURNS)
+GRANITE = with_system_text("<system>{{ system }}</>\n" + TURNS, f"It is {DAY}. You are Q.")
+KIMI = (  # white space only behind the default
+    "{% if messages[0].role != 'system' %}<system>You are Q.</>\n{% endif %}"
+    "{% set turns = messages %}" + TURNS
+)
+GPT_OSS = with_system_text(  # a system message of its own, before the one for other texts
+    f"<system>It is {DAY}.</>{{% if system %}}<developer>{{{{ system }}}}</>{{% endif %}}" + TURNS
+)
+DEEPSEEK = with_system_text(  # nothing before it, and none by default
+    "{{ bos_token }}{{ system + '\n\n' if system else '' }}" + TURNS + "<think>"
+)
+GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
     "{% endif %}" + with_system_text(ALTERNATING + TURNS)
 )
-FIRST_USER_TURN = "{{ system + '\n\n' if loop.first and system else '' }}{{ m.content }}"
-IN_USER_TURN = with_system_text(  # Mistral's manner
-    f"{{% for m in turns %}}[{{{{ m.role }}}}]{FIRST_USER_TURN}{{% endfor %}}"
+IGNORES_SYSTEM = with_system_text(TURNS)
+IN_FIRST_USER_TURN = with_system_text(  # Gemma 3's manner
+    ALTERNATING + "{% for m in turns %}[{{ m.role }}]{{ system + '\n\n' if loop.first and system "
+    "else '' }}{{ m.content }}{% endfor %}<model>"
 )
-BARE_SYSTEM = with_system_text(  # nothing before it, and none by default
-    "{{ system + '\n\n' if system else '' }}" + TURNS
+IN_LAST_USER_TURN = with_system_text(  # Mistral's manner
+    ALTERNATING + "{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}[INST]"
+    "{{ system + '\n\n' if loop.last and system else '' }}{{ m.content }}[/INST]"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
+PLACES = [  # template, how contexts begin without and with the principle, and behind "Own."
+    (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
+     "<s><|system|>Own. PRINCIPLE.<|user|>q"),
+    (QWEN, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q",
+     "<system>Own. PRINCIPLE.</><user>q"),
+    (LLAMA, "<system>Today: 27 Aug 2024\n\n</><user>q",
+     "<system>Today: 27 Aug 2024\n\nPRINCIPLE.</><user>q",
+     "<system>Today: 27 Aug 2024\n\nOwn. PRINCIPLE.</><user>q"),
+    (GRANITE, "<system>It is 27 Aug 2024. You are Q.</>\n<user>q",
+     "<system>It is 27 Aug 2024. You are Q. PRINCIPLE.</>\n<user>q",
+     "<system>Own. PRINCIPLE.</>\n<user>q"),
+    (KIMI, "<system>You are Q.</>\n<user>q", "<system>You are Q. PRINCIPLE.</><user>q",
+     "<system>Own. PRINCIPLE.</><user>q"),
+    (GPT_OSS, "<system>It is 27 Aug 2024.</><user>q",
+     "<system>It is 27 Aug 2024.</><developer>PRINCIPLE.</><user>q",
+     "<system>It is 27 Aug 2024.</><developer>Own. PRINCIPLE.</><user>q"),
+    (DEEPSEEK, "<s><user>q", "<s>PRINCIPLE.\n\n<user>q", "<s>Own. PRINCIPLE.\n\n<user>q"),
+    (GEMMA, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>", "<s><user>Own. PRINCIPLE.\n\nq</>"),
+    (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
+    (IN_FIRST_USER_TURN, "[user]q", "[user]PRINCIPLE.\n\nq", "[user]Own. PRINCIPLE.\n\nq"),
+    (IN_LAST_USER_TURN, "<s>[INST]q[/INST]a</s>[INST]r",
+     "<s>[INST]q[/INST]a</s>[INST]PRINCIPLE.\n\nr",
+     "<s>[INST]q[/INST]a</s>[INST]Own. PRINCIPLE.\n\nr"),
+    (None, f"<s> {VICUNA_SYSTEM} USER: q ", f"<s> {VICUNA_SYSTEM} PRINCIPLE. USER: q ",
+     "<s> Own. PRINCIPLE. USER: q "),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -694,24 +724,7 @@ def chat_of(tokenizer, template, principle="PRINCIPLE."):
     return q.Chat(tokenizer, principle)
 
 
-@pytest.mark.parametrize(
-    "template, plain, shown, own",
-    [
-        (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
-         "<s><|system|>Own. PRINCIPLE.<|user|>q"),
-        (DEFAULT_SYSTEM, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q",
-         "<system>Own. PRINCIPLE.</><user>q"),
-        (EMPTY_SYSTEM, "<system></><user>q", "<system>PRINCIPLE.</><user>q",
-         "<system>Own. PRINCIPLE.</><user>q"),
-        (REFUSES_SYSTEM, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>",
-         "<s><user>Own. PRINCIPLE.\n\nq</>"),
-        (IN_USER_TURN, "[user]q", "[user]PRINCIPLE.\n\nq", "[user]Own. PRINCIPLE.\n\nq"),
-        (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
-        (BARE_SYSTEM, "<user>q", "PRINCIPLE.\n\n<user>q", "Own. PRINCIPLE.\n\n<user>q"),
-        (None, f"<s> {VICUNA_SYSTEM} USER: q ", f"<s> {VICUNA_SYSTEM} PRINCIPLE. USER: q ",
-         "<s> Own. PRINCIPLE. USER: q "),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("template, plain, shown, own", PLACES)
 def test_place_of_the_principle(tokenizer, template, plain, shown, own):
     """Also behind a prompt's own system text, which takes the place of the default one."""
     chat = chat_of(tokenizer, template)
@@ -757,71 +770,6 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
         chat.shorten([], limit)
 
 
-# Templates in the manner of those that are in use: what each does that others do not.
-TODAY = "strftime_now('%d %b %Y')"
-IN_THE_MANNER_OF = {  # template, end of what it renders
-    "Llama 3.2": (
-        with_system_text(
-            "{{ bos_token }}<system>Today Date: {{ " + TODAY + " }}\n\n{{ system|trim }}</>" + TURNS
-        ),
-        "</><assistant>",
-    ),
-    "Mistral v3 and Nemo": (  # the system text in the last user turn
-        with_system_text(
-            ALTERNATING + "{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}[INST]"
-            "{{ system + '\n\n' if loop.last and system else '' }}{{ m.content }}[/INST]"
-            "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
-        ),
-        "[/INST]",
-    ),
-    "Gemma 2": (REFUSES_SYSTEM, "</><assistant>"),
-    "Gemma 3": (
-        with_system_text(
-            ALTERNATING + "{{ bos_token }}{% for m in turns %}<{{ m.role }}>"
-            f"{FIRST_USER_TURN}</>{{% endfor %}}<model>"
-        ),
-        "</><model>",
-    ),
-    "Kimi K2": (  # white space only behind the default
-        "{% if messages[0].role != 'system' %}<system>You are Q.</>\n  {% endif %}"
-        "{% set turns = messages %}" + TURNS,
-        "</><assistant>",
-    ),
-    "Granite 3.3": (
-        with_system_text(
-            "<system>{{ system }}</>\n" + TURNS, '"It is " + ' + TODAY + ' + ". You are Q."'
-        ),
-        "</><assistant>",
-    ),
-    "SmolLM3": (
-        with_system_text(
-            "<system>Today Date: {{ "
-            + TODAY
-            + " }}\n{{ system.replace('/think', '') }}\n</>"
-            + TURNS,
-            "'You are Q.'",
-        ),
-        "</><assistant>",
-    ),
-    "Qwen 3": (  # no default, and past thoughts are dropped
-        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</>\n"
-        "{% endfor %}<assistant>",
-        "</>\n<assistant>",
-    ),
-    "DeepSeek R1": (
-        with_system_text("{{ bos_token }}{{ system }}" + TURNS + "<think>"),
-        "<assistant><think>",
-    ),
-    "gpt-oss": (  # a system message of its own, before the one for other texts
-        with_system_text(
-            "<system>It is {{ " + TODAY + " }}.</>{% if system %}<developer>{{ system }}</>"
-            "{% endif %}" + TURNS
-        ),
-        "</><assistant>",
-    ),
-}
-
-
 DIALOGUES = [
     [user("one")],
     [user("one"), assistant("two"), user("three"), assistant("four"), user("five")],
@@ -832,17 +780,16 @@ DIALOGUES = [
 ]
 
 
-@pytest.mark.parametrize("name", IN_THE_MANNER_OF)
-def test_contexts_in_the_manner_of(name, tokenizer):
-    template, end = IN_THE_MANNER_OF[name]
+@pytest.mark.parametrize("template", [template for template, *_ in PLACES])
+def test_contexts_are_what_the_template_renders_and_one_insertion(template, tokenizer):
     chat = chat_of(tokenizer, template)
+    template = chat.tokenizer.chat_template
+    options = {"add_generation_prompt": True, "strftime_now": q.datetime(2024, 8, 27).strftime}
     for turns in DIALOGUES:
         prompt = chat.shorten(q.prompt_of({"messages": turns}), 10**6)
         assert (prompt == turns) == (system("later") not in turns)  # which are folded
         plain, shown = chat.render(prompt), chat.render(chat.with_principle(prompt))
         if chat.has_system or turns[0]["role"] == "user":
-            day = q.datetime(2024, 8, 27).strftime
-            options = {"add_generation_prompt": True, "strftime_now": day}
             direct = chat.tokenizer.apply_chat_template(prompt, tokenize=False, **options)
             assert plain == direct
         # They differ by one insertion, but for white space, and lose nothing.
@@ -850,48 +797,30 @@ def test_contexts_in_the_manner_of(name, tokenizer):
         assert b.endswith(a[len(os.path.commonprefix([a, b])) :])  # noqa: RUF071
         assert plain.count("PRINCIPLE.") == 0 and shown.count("PRINCIPLE.") == 1
         texts = [turn["content"] for turn in turns]
-        if "You are Q." in template and turns[0]["role"] != "system":
+        default = turns[0]["role"] != "system"
+        if default and "You are Q." in template:
             texts.append("You are Q.")
-        if "strftime_now" in template and ("zero" not in texts or name != "Granite 3.3"):
+        if "strftime_now" in template and (default or template != GRANITE):
             texts.append("27 Aug 2024")
         for text in (plain, shown):
             assert [text.count(part) for part in texts] == [1] * len(texts), text
-            assert text.endswith(end)
         for ids in (chat.ids(prompt), chat.ids(chat.with_principle(prompt))):
             assert ids.count(chat.tokenizer.bos_token_id) == ("bos_token" in template)
             assert chat.tokenizer.decode(ids) in (plain, shown)
 
 
 @pytest.mark.parametrize(
-    "template, default, shown",
-    [
-        # White space around it goes, that within it stays.
-        ("<s1>{{ system }}</>", "You are\n  Q. \n", "<s1>You are\n  Q. PRINCIPLE.</>"),
-        ("<s1>\n{{ system }}\n\n</>", "You are Q. ", "<s1>\nYou are Q. PRINCIPLE.\n\n</>"),
-        ("<s1>{{ system|trim }}\n</>", " You are Q. ", "<s1>You are Q. PRINCIPLE.\n</>"),
-        # Shown twice, with other white space around it.
-        (
-            "<s1>\n{{ system }}</>\n({{ system }})",
-            "You are Q. ",
-            "<s1>\nYou are Q. PRINCIPLE.</>\n(You are Q. PRINCIPLE.)",
-        ),
-        # Words of it that the template takes for commands: nothing can be done about these.
-        (
-            "<s1>{{ system.replace('/think', '') if messages[0].role == 'system' else system }}</>",
-            "<think>, </think>.",
-            "<s1><think>, <>. PRINCIPLE.</>",
-        ),
-        # It stands where no system message goes.
-        (
-            "{{ '' if messages[0].role == 'system' else system }}<s1>{{ system }}</>",
-            "You are Q.",
-            "<s1>PRINCIPLE.</>",
-        ),
+    "plain, shown, text",
+    [  # White space around it goes, that within it stays.
+        ("<s1>You are\n  Q. \n</>", "<s1><S></>", "You are\n  Q."),
+        ("<s1>\nYou are Q. \n\n</>", "<s1>\n<S>\n\n</>", "You are Q."),
+        ("<s1>You are Q.\n</>", "<s1><S>\n</>", "You are Q."),
+        ("<s1>\nQ. </>\n(Q. )", "<s1>\n<S></>\n(<S>)", "Q."),  # twice, with other white space
+        ("You are Q.<s1></>", "<s1><S></>", ""),  # not where a system message goes
     ],
 )
-def test_default_system_texts(template, default, shown, tokenizer):
-    chat = chat_of(tokenizer, with_system_text(template + TURNS, repr(default)))
-    assert chat.render(chat.with_principle([user("q")])).startswith(f"{shown}<user>q")
+def test_default_system_texts(plain, shown, text):
+    assert q.default_text(f"{plain}<user>q", f"{shown}<user>q") == text
 
 
 @pytest.mark.parametrize(
@@ -950,15 +879,13 @@ def sentencepiece_model(tmp_path_factory):
 @pytest.mark.parametrize("legacy", [True, False])
 def test_vicuna_ids_are_those_of_fastchat(legacy, sentencepiece_model, tmp_path):
     """With Llama's own tokenizer, which adds the BOS to FastChat's text by itself."""
-    from transformers import AutoTokenizer, LlamaConfig
-
-    LlamaConfig(vocab_size=400).save_pretrained(tmp_path)
+    transformers.LlamaConfig(vocab_size=400).save_pretrained(tmp_path)
     shutil.copy(sentencepiece_model, tmp_path)
     options = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
     write(tmp_path / "tokenizer_config.json", json.dumps(options))
     chat = q.Chat(q.load_tokenizer(q.Config(str(tmp_path))), "Be kind.")
     chat.tokenizer.save_pretrained(tmp_path / "saved")
-    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     after_the_end = chat.tokenizer("</s>USER")["input_ids"][2]
     assert (chat.tokenizer.convert_ids_to_tokens(after_the_end) == "▁") == legacy
 
@@ -985,10 +912,8 @@ def test_vicuna_ids_are_those_of_fastchat(legacy, sentencepiece_model, tmp_path)
 
 @pytest.mark.parametrize("others", [("b", "c"), ("c", None), (None, "b"), ("a", "b")])
 def test_the_tokenizer_is_the_policys(others, tmp_path):
-    from transformers import LlamaConfig
-
     for name in "abc":
-        LlamaConfig(vocab_size=261).save_pretrained(tmp_path / name)
+        transformers.LlamaConfig(vocab_size=261).save_pretrained(tmp_path / name)
         tokenizer = make_tokenizer()
         tokenizer.chat_template = f"{name} {CHAT_TEMPLATE}"
         tokenizer.save_pretrained(tmp_path / name)
@@ -998,8 +923,6 @@ def test_the_tokenizer_is_the_policys(others, tmp_path):
 
 
 def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(tmp_path):
-    from transformers import AutoTokenizer, MistralConfig
-
     letters = [base64.b64encode(bytes([i])).decode() for i in range(256)]
     vocab = [{"rank": i, "token_bytes": x, "token_str": x} for i, x in enumerate(letters)]
     names = "[{}INST] [{}AVAILABLE_TOOLS] [{}TOOL_RESULTS]"  # the least that it accepts
@@ -1010,11 +933,13 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
     config = {"pattern": r"[^\n]+|\n+", "version": "v3", **sizes}
     text = json.dumps({"config": config, "vocab": vocab, "special_tokens": special})
     for name in ("both", "alone", "saved"):
-        MistralConfig(vocab_size=270).save_pretrained(tmp_path / name)
+        transformers.MistralConfig(vocab_size=270).save_pretrained(tmp_path / name)
         write(tmp_path / name / "tekken.json", text)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "both")
-    assert "Mistral" in type(AutoTokenizer.from_pretrained(tmp_path / "both")).__name__  # the trap
+    assert (
+        "Mistral" in type(transformers.AutoTokenizer.from_pretrained(tmp_path / "both")).__name__
+    )  # the trap
     got = q.load_tokenizer(q.Config(str(tmp_path / "both")))
     prompt = q.Chat(got, "x").ids([user("q")])
     assert prompt == tokenizer("<s><|user|>q<|assistant|>", add_special_tokens=False)["input_ids"]
@@ -1023,12 +948,6 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
     for name in ("alone", "saved"):
         with pytest.raises(q.UserError, match=f"/{name}: tekken.json alone, add tokenizer.json$"):
             q.load_tokenizer(q.Config(str(tmp_path / name)))
-
-
-def test_an_empty_principle_is_refused():
-    for empty in ("", " \n"):
-        with pytest.raises(q.UserError, match="--principle is empty"):
-            q.Config("m", principle=empty)
 
 
 # --------------------------------------------------------- Tests: batches, labels, micro-batches --
@@ -1364,13 +1283,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
         ("learning_rate", (-1e-6, 2, math.nan)),
         ("gpu_memory_utilization", (1.5,)),
         ("seed", (-1,)),
+        ("principle", ("", " \n")),
         *((name, (0,)) for name in ("epochs", "samples_per_epoch", "batch_size", "save_every")),
         *((name, (0,)) for name in ("max_new_tokens", "max_prompt_tokens", "micro_batch_tokens")),
     ],
 )
-def test_numbers_out_of_range(name, values):
+def test_options_that_make_no_sense(name, values):
     for value in values:
-        with pytest.raises(q.UserError, match=f"^--{name} {value}: has to be from "):
+        with pytest.raises(q.UserError, match=f"^--{name} ({value}: has to be from |is empty$)"):
             q.Config("m", **{name: value})
 
 
@@ -1783,15 +1703,13 @@ def test_ranks_checkpointing_and_tensor_parallel_sampling_change_no_run(
 
 @processes
 def test_what_a_run_writes_and_says(toy, run_2):
-    from transformers import AutoTokenizer
-
     out, said = run_2
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
     assert config["positive_model"] == str(toy / "a")
     epochs = metrics(out, "epoch")
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
-    chat = q.Chat(AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE)
+    chat = q.Chat(transformers.AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE)
     keys = "kind epoch step loss kl sampler_gap_first sampler_gap_last response_tokens_mean"
     keys += " truncated sample_seconds train_seconds"
     assert " ".join(epochs[0]) == keys
@@ -1841,13 +1759,11 @@ def chat_with_vllm(model):
 @processes
 def test_trained_model_loads_in_transformers_and_vllm(run_2):
     """With tokenizer and chat template; greedy tokens of both agree."""
-    from transformers import AutoModelForCausalLM
-
     model = str(run_2[0] / "model")
     lines = Job(1, chat_with_vllm, model).result().stdout.splitlines()
     (line,) = (x for x in lines if x.startswith("TOKENS"))
     prompt, tokens = json.loads(line.removeprefix("TOKENS"))
-    ids, policy = list(prompt), AutoModelForCausalLM.from_pretrained(model)
+    ids, policy = list(prompt), transformers.AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         for _ in range(20):
             ids.append(policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
@@ -1872,15 +1788,13 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
 
     With tied embeddings, which share one ZeRO-3 parameter.
     """
-    from transformers import AutoModelForCausalLM
-
     options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3)
     options += ("--temperature", 0, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     train(toy, tmp_path, 2, *options, model="tied")
     policies = replay(toy / "tied", tmp_path, 1.4, 0.5, 3e-3, 16)
     records, policy = next(policies)
     record, kl, tokens = metrics(tmp_path, "epoch")[1], 0.0, 0  # of the policy after one epoch
-    pi_0 = AutoModelForCausalLM.from_pretrained(toy / "tied", dtype=torch.float64)
+    pi_0 = load_float64(toy / "tied")
     unseen = read_jsonl(tmp_path / "samples" / "held-out-001.jsonl")
     prompts = [q.prompt_of(record) for record in RECORDS]
     drawn, _ = load(str(toy / "data.jsonl"), count=5)  # not the first five
@@ -1901,12 +1815,10 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
 @processes
 def test_loss_and_kl_at_rate_0_with_two_models_and_one_sample_on_two_ranks(toy, tmp_path):
     """The second rank has nothing to do and still takes part in every collective."""
-    from transformers import AutoModelForCausalLM
-
     options = ("--epochs", 1, "--samples_per_epoch", 1, "--learning_rate", 0)
     options += ("--positive_model", toy / "b", "--alpha", 1.7, "--plausibility", 0.02)
     train(toy, tmp_path, 2, *options)
-    a, b = (AutoModelForCausalLM.from_pretrained(toy / n, dtype=torch.float64) for n in "ab")
+    a, b = (load_float64(toy / n) for n in "ab")
     (sample,) = read_jsonl(tmp_path / "samples" / "epoch-001.jsonl")
     labels = oracle_labels(a, b, sample, 1.7, 0.02)
     z = oracle_logits(a, sample["prompt_ids"], sample["response_ids"])
@@ -2180,12 +2092,12 @@ class StandIn:
     """What vllm.LLM is on a GPU, as a recorder around a policy of transformers."""
 
     def __init__(self, model, **options):
-        from transformers import AutoModelForCausalLM
+
         from vllm.config import VllmConfig
 
         CALLS.append(["LLM", options])
         torch.set_num_threads(1)  # as vLLM does
-        self.model = AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
         self.llm_engine = types.SimpleNamespace(vllm_config=VllmConfig())
 
     def __getattr__(self, name):
@@ -2480,22 +2392,6 @@ def test_help_names_every_option_and_its_source():
         assert f"--{name}" in said, f"README: --{name}"
 
 
-def test_the_core_needs_torch_alone():
-    """Its section of the file runs where nothing else was imported."""
-    _, core = re.split(r"# -+ The core, .* --\n", (HERE / "inverse_q.py").read_text())
-    core = re.split(r"# -+ Data --\n", core)[0]
-    pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Callable": Callable}
-    exec(core, pasted)
-    h, weight = some_logits(6, 5, 3, 1.0).requires_grad_(), some_logits(11, 5, 4, 1.0)
-    labels, tokens = some_logits(seed=1).log_softmax(-1), torch.tensor([3, 0, 10, 7, 7, 1])
-    for f in (pasted["SoftLabelLoss"], q.SoftLabelLoss):
-        loss, *_ = f.apply(h, weight, None, lambda rows: labels[rows], tokens)
-        loss.backward()
-    torch.testing.assert_close(
-        h.grad, 2 * torch.autograd.grad(oracle_loss(h @ weight.t(), labels)[0], h)[0]
-    )
-
-
 OTHER_MODELS = {
     "Llama": {},
     # Tied embeddings, and two kinds of rotary embedding.
@@ -2515,8 +2411,6 @@ OTHER_MODELS = {
 
 
 def make_other_model(name, folder):
-    import transformers
-
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
         **SMALL, initializer_range=0.1, **OTHER_MODELS[name]
@@ -2552,8 +2446,6 @@ def other_runs(tmp_path_factory):
 def test_models_of_other_makes_are_sampled_and_trained_right(name, other_runs):
     """Loss and gradient of the first step are plain PyTorch's. At temperature 0, the tokens of the
     second epoch are the favourites of the policy after the first, and no more those of pi_0."""
-    from transformers import AutoModelForCausalLM
-
     base, out = other_runs / name / "base", other_runs / name / "out"
     records, policy = next(replay(base, out, 1.4, 1.0, 3e-3, 16))
     steps = metrics(out, "step")  # One in each epoch, so that the sampler is never behind.
@@ -2561,7 +2453,7 @@ def test_models_of_other_makes_are_sampled_and_trained_right(name, other_runs):
     assert steps[0]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     assert len(steps) == 2 and max(step["sampler_gap"] for step in steps) < 1e-5
 
-    pi_0 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    pi_0 = load_float64(base)
     samples = read_jsonl(out / "samples" / "epoch-002.jsonl")
     assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0
 
@@ -2578,14 +2470,14 @@ def load_in_bfloat16(*folders):
 @processes
 def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(tmp_path):
     """zero.Init makes every float tensor bfloat16, and these are off by radians then."""
-    from transformers import AutoModelForCausalLM
-
     kinds = {"Llama": 1, "Gemma3Text": 2}
     for name in kinds:
         make_other_model(name, tmp_path / name)
     lines = Job(1, load_in_bfloat16, *(tmp_path / name for name in kinds)).result().stdout
     lines = [line for line in lines.splitlines() if line.startswith("torch.bfloat16")]
     for line, (name, kind) in zip(lines, kinds.items(), strict=True):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.float32
+        )
         expected = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
         assert json.loads(line.partition(" ")[2]) == expected and len(expected) >= kind
