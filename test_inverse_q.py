@@ -41,7 +41,6 @@ import psutil
 import pytest
 import torch
 import transformers
-from filelock import FileLock
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -937,9 +936,8 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
         write(tmp_path / name / "tekken.json", text)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "both")
-    assert (
-        "Mistral" in type(transformers.AutoTokenizer.from_pretrained(tmp_path / "both")).__name__
-    )  # the trap
+    trap = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
+    assert "Mistral" in type(trap).__name__
     got = q.load_tokenizer(q.Config(str(tmp_path / "both")))
     prompt = q.Chat(got, "x").ids([user("q")])
     assert prompt == tokenizer("<s><|user|>q<|assistant|>", add_special_tokens=False)["input_ids"]
@@ -1045,21 +1043,42 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(q.dist, "all_gather_object", lambda lists, own: lists.__setitem__(0, own))
 
 
+class Engine:
+    """As much of DeepSpeed's engine as an optimizer step asks for, around a forward pass."""
+
+    device = "cpu"
+
+    def __init__(self, forward):
+        self.forward, self.calls = forward, []
+
+    def __call__(self, samples, labels):
+        sums = self.forward(samples, labels)
+        self.calls.append("forward with gradient" if sums[0].requires_grad else "forward")
+        return sums
+
+    def backward(self, loss):
+        self.calls.append("backward")
+        if loss.requires_grad:
+            loss.backward()
+
+    def step(self):
+        self.calls.append("step")
+
+    def get_global_grad_norm(self):
+        return 0.0
+
+
 def test_micro_batches_keep_to_the_budget(one_rank):
     sizes = []
 
-    class Engine:  # takes samples and notes how large the batch is
-        device, step, backward = "cpu", lambda self: None, lambda self, loss: None
-        get_global_grad_norm = lambda self: 0.0  # noqa: E731
-
-        def __call__(self, samples, labels):
-            x, y = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
-            (ids,), _ = caught_inputs(x, y)
-            sizes.append(ids.numel())
-            return torch.zeros(3, dtype=torch.float64)
+    def forward(samples, labels):
+        x, y = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
+        (ids,), _ = caught_inputs(x, y)
+        sizes.append(ids.numel())
+        return torch.zeros(3, dtype=torch.float64)
 
     samples = some_samples(20)
-    record = q.optimizer_step(Engine(), lambda samples: None, samples, 40, "")
+    record = q.optimizer_step(Engine(forward), lambda samples: None, samples, 40, "")
     assert len(sizes) > 3 and max(sizes) <= 40
     real = sum(len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples)
     assert 0 < 1 - real / sum(sizes) < 0.3 and record["tokens"] < real  # Some of it is padding.
@@ -1076,39 +1095,21 @@ def test_micro_batches_keep_to_the_budget(one_rank):
 )
 def test_numbers_that_cannot_be_right_stop_before_the_step(one_rank, loss, gap, message):
     samples = some_samples(2)
-
-    class Engine:
-        device, backward = "cpu", lambda self, loss: None
-        step = lambda self: pytest.fail("a step was taken")  # noqa: E731
-
-        def __call__(self, *_):
-            sums = torch.tensor([loss, 0.0, gap], dtype=torch.float64)
-            return sums * sum(len(s.response_ids) for s in samples)
-
+    means = torch.tensor([loss, 0.0, gap], dtype=torch.float64)
+    engine = Engine(lambda *_: means * sum(len(s.response_ids) for s in samples))
     with pytest.raises(q.UserError, match=rf"^epoch 3, step 9: on samples \[0, 1\] {message}"):
-        q.optimizer_step(Engine(), lambda _: None, samples, 99, "epoch 3, step 9", 0.1)
+        q.optimizer_step(engine, lambda _: None, samples, 99, "epoch 3, step 9", 0.1)
+    assert "step" not in engine.calls
 
 
 def test_no_gradient_is_computed_for_samples_that_are_not_fitted(one_rank):
-    samples, policy = some_samples(), q.Policy(small_llama(0), checkpointing=True)
-    forwards, backward_calls = [], []
+    policy, forwards = q.Policy(small_llama(0), checkpointing=True), []
     attention = policy.model.model.layers[0].self_attn
     attention.register_forward_hook(lambda *_: forwards.append(1))
-
-    class Engine:
-        device = "cpu"
-
-        def __call__(self, *args):
-            sums = policy(*args)
-            assert sums[0].requires_grad == fit
-            return sums
-
-        def backward(self, loss):
-            backward_calls.append(loss.backward())
-
-    for fit in (False, True):
-        record = q.compare(Engine(), some_labels, samples, 10**6, fit)
-        assert len(backward_calls) == fit and math.isfinite(record["loss"])
+    for fit, calls in ((False, ["forward"]), (True, ["forward with gradient", "backward"])):
+        engine = Engine(policy)
+        record = q.compare(engine, some_labels, some_samples(), 10**6, fit)
+        assert engine.calls == calls and math.isfinite(record["loss"])
         assert all((p.grad is not None) == fit for p in policy.parameters())
     assert len(forwards) == 3  # One without gradients; one, and one more on the way back, with.
 
@@ -1147,7 +1148,30 @@ class Kill(BaseException):
     """The end of the process, as far as the code under test can see."""
 
 
-def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
+class Saved:
+    """What of a model, a tokenizer and an engine is saved. They write over what is there."""
+
+    generation_config = transformers.GenerationConfig()
+
+    def __init__(self, text):
+        self.text = text
+
+    def save_pretrained(self, folder, state_dict=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("one", "two"):
+            (folder / name).write_text(self.text)
+
+    def save_checkpoint(self, folder, tag, save_latest):
+        self.save_pretrained(Path(folder, tag))
+
+    def named_parameters(self):
+        return []
+
+    def write_events(self, events):
+        pass
+
+
+def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
     """What train() does to the disk, on one rank and without models.
 
     It is killed before the kill_at-th change of a file or folder, of which it returns the number.
@@ -1162,44 +1186,27 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, **changes):
 
         return changed
 
-    def save(path, text):
-        # DeepSpeed and transformers write over what is there.
-        path.mkdir(parents=True, exist_ok=True)
-        for name in ("one", "two"):
-            (path / name).write_text(text)
-
     with monkeypatch.context() as m:
-        m.setattr(q, "whole_weights", lambda model: [])
         for name in ("write_text", "rename", "replace", "unlink", "mkdir"):
             m.setattr(Path, name, killing(getattr(Path, name)))
         m.setattr(shutil, "rmtree", killing(shutil.rmtree))
         m.setattr(json, "dumps", killing(json.dumps))  # before a line of metrics.jsonl
         cfg = q.Config("m", output_dir=str(folder), epochs=epochs, **changes)
-        locks = []
-        m.setattr(q, "FileLock", lambda path: locks.append(FileLock(path)) or locks[-1])
+        run = q.Run.__new__(q.Run)
         try:
-            run = q.Run(cfg, [])
+            run.__init__(cfg, prompts)
             for epoch in range(run.epoch + 1, epochs + 1):
-                model = types.SimpleNamespace(
-                    generation_config=types.SimpleNamespace(validate=lambda strict: 0),
-                    save_pretrained=lambda new, state_dict, e=epoch: save(new, str(e)),
-                )
-                engine = types.SimpleNamespace(
-                    save_checkpoint=lambda at, tag, save_latest, e=epoch: save(
-                        Path(at, tag), str(e)
-                    )
-                )
-                run.monitor = types.SimpleNamespace(write_events=lambda events: None)
+                run.monitor = saved = Saved(str(epoch))
                 sample = q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")
                 run.save_samples(f"epoch-{epoch:03d}", [sample])
                 run.log("step", epoch, epoch, {"step": epoch})
                 run.log("epoch", epoch, epoch, {"loss": 0.1})
                 if epoch % cfg.save_every == 0 or epoch == epochs:
-                    run.save_model(model, types.SimpleNamespace(save_pretrained=lambda new: None))
-                    run.save_state(engine, epoch)
+                    run.save_model(saved, saved)
+                    run.save_state(saved, epoch)
         finally:
-            for lock in locks:  # as the end of a process would
-                lock.release(force=True)
+            if hasattr(run, "lock"):  # Given back as at the end of a process.
+                run.lock.release()
     return next(calls)
 
 
@@ -1240,6 +1247,8 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
     assert "alpha 1.4 there, 1.5 here; seed 0 there, 3 here" in str(error.value)
     a_run(tmp_path, 2, monkeypatch, micro_batch_tokens=7)  # more epochs, less memory
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
+    with pytest.raises(q.UserError, match=r"folder: data_crc32 \d+ there"):
+        a_run(tmp_path, 2, monkeypatch, prompts=[[user("another")]])
     monkeypatch.setattr(q.dist, "get_world_size", lambda: 2)
     with pytest.raises(q.UserError, match="ranks 1 there, 2 here"):
         a_run(tmp_path, 2, monkeypatch)
@@ -1355,11 +1364,27 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         run(4.0, gpu_memory_utilization=0.1)
 
 
-@pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "gradient_accumulation_steps"])
-def test_ds_config_leaves_to_the_command_line_what_is_its(key, tmp_path, one_rank):
-    path = write(tmp_path / "ds.json", json.dumps({"zero_optimization": {"stage": 3}, key: {}}))
-    with pytest.raises(q.UserError, match=f"remove '{key}'"):
-        q.deepspeed_config(q.Config("m", ds_config=path))
+OURS = ("train_batch_size", "optimizer", "scheduler", "fp16", "gradient_accumulation_steps")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, r"has to be a JSON file that sets ZeRO stage 3 \(FileNotFoundError"),
+        ("{", r"that sets ZeRO stage 3 \(JSONDecodeError"),
+        ("[]", r"that sets ZeRO stage 3 \(TypeError"),
+        ("{}", r"that sets ZeRO stage 3 \(KeyError"),
+        ('{"zero_optimization": 3}', r"that sets ZeRO stage 3 \(TypeError"),
+        ('{"zero_optimization": {"stage": 2}}', "that sets ZeRO stage 3$"),
+        *((f'{{"zero_optimization": {{"stage": 3}}, "{k}": 1}}', f"remove '{k}'") for k in OURS),
+    ],
+)
+def test_ds_config_leaves_to_the_command_line_what_is_its(text, message, tmp_path):
+    path = tmp_path / "ds.json"
+    if text:
+        path.write_text(text)
+    with pytest.raises(q.UserError, match=f"^--ds_config {path}: .*{message}"):
+        q.deepspeed_config(q.Config("m", ds_config=str(path)))
 
 
 @pytest.mark.parametrize("seed", range(40))
