@@ -1462,11 +1462,8 @@ class Launched:
     def result(self, timeout=600):
         """As of subprocess.run(): when all that write to its pipes are gone."""
         self.reader.join(timeout)
-        out, err = self.stdout, self.stderr
-        return types.SimpleNamespace(returncode=self.poll(), stdout=out, stderr=err)
-
-    def group(self, number):
-        os.killpg(self.process.pid, number)
+        self.returncode = self.poll()
+        return self
 
     def family(self):
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -1563,6 +1560,7 @@ def run_main(options, prepare=None):
         os._exit(1)
 
 
+SOAP = ["Move it", "To move it, take soap.", "Why soap?"]
 RECORDS = [
     {"prompt": "Hello!"},
     {"prompt": "How do I paint the shelf?"},
@@ -1570,12 +1568,7 @@ RECORDS = [
     {"messages": [user("Please help me fix my bike, my lamp, my chair and my clock.")]},
     {"messages": [user("Hi"), assistant("Gladly!"), user("How do I weigh it?"), assistant("-")]},
     pair(["What is a drum?", "A thing."], ["What is a drum?", "Ugh."]),
-    pair(
-        *(
-            ["Move it", "To move it, take soap.", "Why soap?", x]
-            for x in ("It is slippery.", "Go away.")
-        )
-    ),
+    pair([*SOAP, "It is slippery."], [*SOAP, "Go away."]),
     {"prompt": "Pack the tent, the kettle and the canoe. " * 4},
 ]
 
@@ -1585,20 +1578,15 @@ def make_toy(folder):
 
     It shards everything; DeepSpeed's default keeps tensors under 100,000 elements whole.
     """
-    tokenizer = make_tokenizer()
-    for seed, name, changes in (
-        (0, "a", {}),
-        (1, "b", {"num_hidden_layers": 1}),
-        (2, "tied", {"tie_word_embeddings": True}),
-    ):
+    makes = {"a": {}, "b": {"num_hidden_layers": 1}, "tied": {"tie_word_embeddings": True}}
+    for seed, (name, changes) in enumerate(makes.items()):
         model = make_llama(seed, initializer_range=0.12, **changes)
         if name != "tied":
             model.lm_head.weight.data[1] *= 4  # EOS now and then
-        model.generation_config.temperature = 0.9  # as Vicuna's: a temperature without do_sample
-        model.generation_config.do_sample = True
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        change(folder / name / "generation_config.json", do_sample=False)
+        make_tokenizer().save_pretrained(folder / name)
+        # As Vicuna's: a temperature without do_sample.
+        change(folder / name / "generation_config.json", temperature=0.9, do_sample=False)
     write_records(folder / "data.jsonl", RECORDS)
     config = json.loads((HERE / "ds_config.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -1661,11 +1649,8 @@ def weights_of(folder):
 
 @processes
 def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
-    """Every loss, kl, sampler_gap and gradient norm, and the weights.
-
-    Sharding, micro-batches, the fused loss, the divisor and accumulation stand against none of
-    them. Clipping is at work.
-    """
+    """Every loss, kl, sampler_gap and gradient norm, and the weights. Sharding, micro-batches, the
+    fused loss, the divisor and accumulation stand against none of them. Clipping is at work."""
     out, _ = run_2
     *_, (_, policy) = epochs = list(replay(toy / "a", out, 1.4, 0.5, 1e-3, 4))
     records = [record for epoch_records, _ in epochs for record in epoch_records]
@@ -1687,42 +1672,28 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
     assert error < 8e-4 * moved, (error, moved)
 
 
-def tell_of_states():
-    """Print a line for every state that is saved."""
-    save = q.Run.save_state
-
-    def told(run, engine, epoch):
-        print("STATE", epoch, flush=True)
-        save(run, engine, epoch)
-
-    q.Run.save_state = told
-
-
 @processes
 @pytest.mark.parametrize(
     "ranks, options",
     [
-        (1, ("--activation_checkpointing", False, "--save_every", 9)),
-        (2, ("--tensor_parallel_size", 2, "--save_every", 2)),
+        (1, ("--activation_checkpointing", False)),
+        (2, ("--tensor_parallel_size", 2, "--save_every", 9)),
     ],
 )
 def test_ranks_checkpointing_and_tensor_parallel_sampling_change_no_run(
     toy, run_2, tmp_path, ranks, options
 ):
-    said = train(toy, tmp_path, ranks, *TRAINING, *options, prepare=tell_of_states)
-    # The last is saved always.
+    train(toy, tmp_path, ranks, *TRAINING, *options)
     assert json.loads((tmp_path / "state" / "done.json").read_text()) == {"epoch": 2}
-    assert said.count("STATE") == said.count("STATE 2") == ranks
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         ours, theirs = (read_jsonl(out / "samples" / file) for out in (tmp_path, run_2[0]))
         for a, b in zip(ours, theirs, strict=True):
             assert a.pop("log_probs") == pytest.approx(b.pop("log_probs"), rel=1e-3, abs=1e-5)
             assert a == b
-    for kind in ("step", "epoch"):
-        keys = ["loss", "kl"]
-        keys += ["grad_norm", "tokens", "samples"] if kind == "step" else ["response_tokens_mean"]
+    kinds = {"step": "loss kl grad_norm tokens samples", "epoch": "loss kl response_tokens_mean"}
+    for kind, keys in kinds.items():
         for a, b in zip(metrics(tmp_path, kind), metrics(run_2[0], kind), strict=True):
-            for key in keys:
+            for key in keys.split():
                 assert a[key] == pytest.approx(b[key], rel=2e-4), key
 
 
@@ -1734,7 +1705,6 @@ def test_what_a_run_writes_and_says(toy, run_2):
     assert config["positive_model"] == str(toy / "a")
     epochs = metrics(out, "epoch")
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
-    chat = q.Chat(transformers.AutoTokenizer.from_pretrained(toy / "a"), PRINCIPLE)
     keys = "kind epoch step loss kl sampler_gap_first sampler_gap_last response_tokens_mean"
     keys += " truncated sample_seconds train_seconds"
     assert " ".join(epochs[0]) == keys
@@ -1750,9 +1720,6 @@ def test_what_a_run_writes_and_says(toy, run_2):
             assert ended == (s["finish_reason"] == "stop")
             assert ended or len(s["response_ids"]) == 24
             assert len(s["log_probs"]) == len(s["response_ids"]) and max(s["log_probs"]) <= 0
-            assert s["prompt_ids"] == chat.ids(s["messages"])
-            shown = chat.with_principle(s["messages"])
-            assert s["principle_prompt_ids"] == chat.ids(shown) != s["prompt_ids"]
         record, tokens = epochs[epoch - 1], [len(s["response_ids"]) for s in samples]
         assert record["response_tokens_mean"] == pytest.approx(sum(tokens) / 7)
         assert record["truncated"] == sum(s["finish_reason"] == "length" for s in samples) / 7
@@ -1809,10 +1776,8 @@ def regret(model, samples):
 
 @processes
 def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
-    """Temperature 0: the second epoch's tokens are those of the weights after the first.
-
-    With tied embeddings, which share one ZeRO-3 parameter.
-    """
+    """Temperature 0: the second epoch's tokens are those of the weights after the first. With tied
+    embeddings, which share one ZeRO-3 parameter."""
     options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3)
     options += ("--temperature", 0, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     train(toy, tmp_path, 2, *options, model="tied")
@@ -1915,11 +1880,11 @@ def stopped(toy, tmp_path_factory):
 
     # An epoch is saved: Ctrl-C, and a second job is refused the folder meanwhile.
     job = run_to(done, 0.0, Launched(command(2, *settings(toy, out, *TRAINING))))
-    job.group(signal.SIGSTOP)
+    os.killpg(job.process.pid, signal.SIGSTOP)
     second = start(toy, out, 2, *TRAINING).result(check=False)
     family = job.family()
-    job.group(signal.SIGCONT)
-    job.group(signal.SIGINT)
+    os.killpg(job.process.pid, signal.SIGCONT)
+    os.killpg(job.process.pid, signal.SIGINT)
     job.assert_gone(family)
     assert second.returncode == 2 and "another job is running in it" in second.stdout
     assert job.stdout.count("the same command resumes it") == 1, job.stdout[-3000:]
@@ -2003,10 +1968,8 @@ def test_a_rank_with_an_error_shows_it_first_and_takes_the_job_down(launched):
 @processes
 def test_what_one_rank_alone_finds_is_one_line_too(launched):
     result = launched["mistake"].result()
-    lines = [x for x in result.stdout.splitlines() if x.startswith("script.py: ")]
     message = "epoch-001: not written, disk full? (OSError: [Errno 28] No space left on device)"
-    assert result.returncode == 2 and len(lines) == 1 and message in lines[0], result.stdout
-    assert "Traceback" not in result.stdout + result.stderr
+    assert message in the_line(result, "script.py")
     pids = [int(x.split()[1]) for x in result.stdout.splitlines() if x.startswith("PID")]
     assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
 
@@ -2029,6 +1992,14 @@ def watch_weights():
     q.optimizer_step = watched
 
 
+def the_line(result, script="inverse_q.py"):
+    """The one line by which a program says what its user can fix."""
+    said = result.stdout + result.stderr
+    lines = [x for x in result.stdout.splitlines() if x.startswith(f"{script}: ")]
+    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said[-6000:]
+    return lines[0]
+
+
 def break_gradient():
     watch_weights()
     loss, calls = q.SoftLabelLoss.apply, []
@@ -2047,13 +2018,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(toy, tm
     """DeepSpeed's own step() must leave weights alone; the message has epoch, step and samples."""
     job = start(toy, tmp_path, 2, *TRAINING, "--epochs", 9, prepare=break_gradient)
     result = job.result(check=False)
-    (line,) = (x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: "))
-    last = metrics(tmp_path, "step")[-1]
-    place = f"epoch {(last['step']) // 2 + 1}, step {last['step'] + 1}: on samples ["
-    assert result.returncode == 2 and line.startswith(f"inverse_q.py: {place}"), line
+    line, last = the_line(result), metrics(tmp_path, "step")[-1]["step"]
+    assert line.startswith(f"inverse_q.py: epoch {last // 2 + 1}, step {last + 1}: on samples [")
     assert "the gradient is inf" in line and "SAME True 21" in result.stdout
     assert "SAME False" not in result.stdout  # one rank may be ended before it says so
-    assert "Traceback" not in result.stdout + result.stderr
 
 
 def break_sync(fault):
@@ -2061,19 +2029,14 @@ def break_sync(fault):
     watch_weights()
     load, epochs = q.Sampler.load, itertools.count(1)
 
-    def swapped(name):
-        return re.sub(r"layers\.([01])\.", lambda m: f"layers.{1 - int(m[1])}.", name)
-
     def broken(sampler, weights):
         with pytest.MonkeyPatch.context() as m:
             if next(epochs) == 1:
                 pass
             elif fault == "skipped":  # The engine wakes up; without that it would wait for ever.
                 m.setattr(sampler.llm, "collective_rpc", lambda *_, **__: None)
-            elif fault == "a layer is left out":
-                weights = iter([(k, w.clone()) for k, w in weights if "layers.1." not in k])
             else:
-                weights = iter([(swapped(k), w.clone()) for k, w in weights])
+                weights = iter([(k, w.clone()) for k, w in weights if "layers.1." not in k])
             load(sampler, weights)
 
     q.Sampler.load = broken
@@ -2082,30 +2045,21 @@ def break_sync(fault):
 @processes
 def test_a_sampler_without_the_weights_of_the_policy_stops_the_run(toy, tmp_path):
     options = ("--epochs", 3, "--samples_per_epoch", 2, "--learning_rate", 1e-3)
-    skipped, left_out, order = "skipped", "a layer is left out", "in the wrong order"
     jobs = {}
-    for fault in (skipped, left_out, order):  # Two at a time, on two cores.
+    for fault in ("skipped", "a layer is left out"):
         prepare = functools.partial(break_sync, fault)
         jobs[fault] = start(toy, tmp_path / fault, 1, *options, prepare=prepare)
-        if fault == left_out:
-            jobs[skipped] = jobs[skipped].result(check=False)
-    for fault, job in jobs.items():
-        result = job if fault == skipped else job.result(check=False)
-        lines = [x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: ")]
-        assert result.returncode == 2 and len(lines) == 1, result.stdout[-3000:]
-        assert "Traceback" not in result.stdout + result.stderr
-        if fault == left_out:
-            assert "vLLM did not get all weights of the policy: " in lines[0]
-            names = set(re.findall(r"model\.layers\.[\w.]+", lines[0]))
-            assert "model.layers.1.mlp.down_proj.weight" in names and len(names) >= 5
-            assert all(name.startswith("model.layers.1.") for name in names)
-            assert "SAME" not in result.stdout  # It was not fitted at all.
-        else:
-            assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in lines[0]
-            assert (
-                "vLLM's weights or computations differ" in lines[0]
-                and "SAME True 21" in result.stdout
-            )
+    skipped, left_out = (job.result(check=False) for job in jobs.values())
+    line = the_line(skipped)
+    assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in line
+    assert "vLLM's weights or computations differ" in line and "SAME True 21" in skipped.stdout
+    line = the_line(left_out)
+    assert "vLLM did not get all weights of the policy: " in line
+    names = set(re.findall(r"model\.layers\.[\w.]+", line))
+    assert "model.layers.1.mlp.down_proj.weight" in names and len(names) >= 5
+    assert all(name.startswith("model.layers.1.") for name in names)
+    assert "SAME" not in left_out.stdout  # It was not fitted at all.
+    for fault in jobs:
         (record,) = metrics(tmp_path / fault, "step")
         assert record["sampler_gap"] < 1e-5
 
@@ -2177,15 +2131,13 @@ def rehearse_gpu():
 
 @processes
 def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
-    """The real training loop, three epochs and one after it went on, and what it asks of vLLM."""
+    """The real training loop, three epochs and one after it went on, what it asks of vLLM, and when
+    it saves."""
     options = ("--samples_per_epoch", 3, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     options += ("--gpu_memory_utilization", 0.3, "--batch_size", 2, "--learning_rate", 1e-3)
-    begin = [
-        ["LLM", unittest.mock.ANY],
-        ["sleep", {"level": 2}],
-        ["threads", {"n": 2}],
-        *[["training engine", {}]] * 2,
-    ]
+    options += ("--save_every", 2, "--epochs")
+    begin = [["LLM", unittest.mock.ANY], ["sleep", {"level": 2}], ["threads", {"n": 2}]]
+    begin += [["training engine", {}]] * 2
     epoch = [
         ["empty_cache", {}],
         ["wake_up", {"tags": ["weights"]}],
@@ -2198,12 +2150,11 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
         ["sleep", {"level": 2}],
         *[["step", {}]] * 2,
     ]
-    for last, epochs in ((3, 3), (4, 1)):
-        said = train(toy, tmp_path, 1, *options, "--epochs", last, prepare=rehearse_gpu)
-        calls = [x for x in said.splitlines() if x.startswith("CALLS")][-1]
-        calls = json.loads(calls.removeprefix("CALLS"))
-        assert calls == begin + epoch * epochs
-        llm = calls[0][1]
+    for last, saved in ((3, [2, 3]), (4, [1])):  # epochs of a job when it saves; always the last
+        said = train(toy, tmp_path, 1, *options, last, prepare=rehearse_gpu).splitlines()
+        calls = [json.loads(x.removeprefix("CALLS")) for x in said if x.startswith("CALLS")]
+        assert calls == [begin + epoch * epochs for epochs in saved]
+        llm = calls[0][0][1]
         expected = {"enable_sleep_mode": True, "enforce_eager": False, "dtype": "float32"}
         expected |= {"hf_overrides": {"head_dtype": "float32"}, "max_num_seqs": 5}
         expected |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None}
@@ -2215,11 +2166,9 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
 
 @processes
 def test_several_machines(toy, run_2, tmp_path):
-    """Two launchers with a rank each, in folders of their own as on machines that share none.
-
-    In the second epoch one launcher gets SIGTERM, which its own child survives. Then the rank of
-    the other is lost, which was waiting for the first. And then again, to go on, from forks.
-    """
+    """Two launchers with a rank each, in folders of their own as if no machine shared any. In the
+    second epoch one launcher gets SIGTERM, which its own child survives. Then the rank of the other
+    is lost, which was waiting for the first. And then again, to go on, from forks."""
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     port, jobs, folders = free_port(), [], [tmp_path / "0", tmp_path / "1"]
     for node, folder in enumerate(folders):
@@ -2248,24 +2197,17 @@ def test_several_machines(toy, run_2, tmp_path):
     assert all(name.startswith("zero_") for name in written), written  # its shards alone
 
 
-def assert_one_line(result, message):
-    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-2000:]
-    lines = [x for x in result.stdout.splitlines() if x.startswith("inverse_q.py: ")]
-    assert len(lines) == 1 and message in lines[0], lines
-    assert "Traceback" not in result.stdout + result.stderr
-
-
 @processes
 def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path):
-    job = start(toy, tmp_path, 2, "--temperature", "nan")
-    assert_one_line(job.result(check=False), "--temperature nan: has to be from 0 to 99")
+    result = start(toy, tmp_path, 2, "--temperature", "nan").result(check=False)
+    assert "--temperature nan: has to be from 0 to 99" in the_line(result)
 
 
 @processes
 def test_run_sh_passes_options_and_exit_code_on(launched):
     """Training goes through DeepSpeed's launcher. Here the first rank finds the user error."""
     result = launched["run.sh"].result()
-    assert_one_line(result, "nothing.jsonl: no such file")
+    assert "nothing.jsonl: no such file" in the_line(result)
     assert "launch.py" in result.stdout + result.stderr
 
 
@@ -2303,10 +2245,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         change(tmp_path / name / "config.json", **config)
         return tmp_path / name
 
-    def ds(name, **config):
-        text = {**json.loads((HERE / "ds_config.json").read_text()), **config}
-        return "--ds_config", write(tmp_path / f"{name}.json", json.dumps(text))
-
     capped = model("capped", final_logit_softcapping=30.0)
     remote = model("remote", model_type="new", auto_map={"AutoConfig": "evil.Evil"})
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -2315,52 +2253,35 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
     other = model("other")
     vocabulary = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(vocabulary.replace('"<|user|>"', '"<|you|>"'))
-    model_file = tmp_path / "file"
-    model_file.touch()
-
-    def ran(*options):
-        folder = shutil.copytree(run_2[0], tmp_path / f"ran {options[0]}")
-        return settings(toy, folder, *TRAINING, *options)
+    (tmp_path / "file").touch()
+    ran = shutil.copytree(run_2[0], tmp_path / "ran before")
+    another = write_records(tmp_path / "b.jsonl", [{"prompt": "x"}])
 
     def ours(*options):
-        return settings(toy, tmp_path / "out", *options)
+        return settings(toy, tmp_path / "out", *TRAINING, *options)
 
-    no_model, stage_3 = "no model folder or hub id that loads", "that sets ZeRO stage 3"
+    no_model = "no model folder or hub id that loads"
     has = "a has 1024 positions: lower --max_prompt_tokens + --max_new_tokens (5300)"
+    other_run = "holds another run, use its settings or another folder: ranks 2 there, 1 here; data"
     cases = [
         ([], "error: the following arguments are required: --model"),
-        (["--model", "x", "--foo", 1], "error: unrecognized arguments: --foo 1"),
         (["--model", "x", "--mod", 1], "error: unrecognized arguments: --mod 1"),
-        (["--model", "x", "--alpha", "a"], "error: argument --alpha: invalid float value: 'a'"),
+        (ours("--alpha", "a"), "error: argument --alpha: invalid float value: 'a'"),
         (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
-        (ours("--alpha", "nan"), "--alpha nan: has to be from 0 to 99"),
-        (ours("--data", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
         (ours("--data", "owner/no"), "owner/no: no such file or hub data set"),
-        (ours("--data", write(tmp_path / "a.jsonl", "[]\n")), "line 1: a record needs 'prompt', "),
         (ours("--max_prompt_tokens", 5), "no prompt to use; left out: {'too long': 8}"),
         (ours("--model", "owner/no"), f"owner/no: {no_model}"),
         (ours("--model", tmp_path / "no"), no_model),
-        (ours("--model", model_file), no_model),
+        (ours("--model", tmp_path / "file"), no_model),
         (ours("--model", broken), f"broken: {no_model}"),
         (ours("--model", remote), f"remote: {no_model}"),
         (ours("--positive_model", other), "its vocabulary has to be that of"),
         (ours("--positive_model", capped), "scales its logits: ['final_logit_softcapping']"),
         (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
         (ours("--max_new_tokens", 5000), has),
-        (ours("--ds_config", tmp_path / "no.json"), f"{stage_3} (FileNotFoundError"),
-        (ours("--ds_config", write(tmp_path / "a.json", "{")), f"{stage_3} (JSONDecode"),
-        (ours("--ds_config", write(tmp_path / "b.json", "[]")), f"{stage_3} (TypeError"),
-        (
-            ours(*ds("c", zero_optimization={"stage": 2})),
-            f"c.json: has to be a JSON file {stage_3}",
-        ),
-        (ours(*ds("d", zero_optimization=3)), f"{stage_3} (TypeError"),
-        (ours(*ds("e", train_batch_size=64)), "remove 'train_batch_size'"),
-        (ours("--output_dir", model_file), "Not a directory"),
-        (ours("--output_dir", model_file / "x"), "Not a directory"),
-        (ran("--epochs", 3), "another folder: ranks 2 there, 1 here"),
-        (ran("--alpha", 1.5), "another run, use its settings or another folder: alpha 1.4 there"),
-        (ran("--data", write_records(tmp_path / "b.jsonl", [{"prompt": "x"}])), "data_crc32"),
+        (ours("--ds_config", tmp_path / "no.json"), "that sets ZeRO stage 3 (FileNotFoundError"),
+        (ours("--output_dir", tmp_path / "file" / "x"), "Not a directory"),
+        (ours("--output_dir", ran, "--data", another), other_run),
     ]
     (tmp_path / "cases.json").write_text(json.dumps([[str(x) for x in case] for case, _ in cases]))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -2373,10 +2294,8 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
     assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
     assert "SECRET" not in result.stderr + result.stdout
     lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]
-    cases += [
-        ([], "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi"),
-        ([], "2 ranks but 1 GPUs: lower --num_gpus"),
-    ]
+    cases.append(([], "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi"))
+    cases.append(([], "2 ranks but 1 GPUs: lower --num_gpus"))
     for (case, message), line in zip(cases, lines[::2], strict=False):
         assert message in line, (case[-4:], message, line)
     assert lines[1::2] == ["EXIT 2"] * len(cases)
