@@ -31,10 +31,10 @@ import tempfile
 import threading
 import time
 import types
-import unittest.mock
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY, Mock
 
 import hypothesis
 import psutil
@@ -327,34 +327,31 @@ def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
         torch.testing.assert_close(credit.sum(), reward(y))
 
 
-def objective(log_p, log_0, reward, beta):
-    """J(pi) = E_pi[r] - beta KL(pi || pi_0) over outcomes that are counted one by one (eq. 3)."""
-    p = log_p.exp()
-    return (p * reward).sum() - beta * (torch.special.xlogy(p, p) - p * log_0).sum()
-
-
-def test_the_objective_is_the_distance_from_pi_hat_and_mixing_it_in_raises_it():
+@pytest.mark.parametrize("seed", range(40))
+def test_the_objective_is_the_distance_from_pi_hat_and_mixing_it_in_raises_it(seed):
     """J(pi) = -beta KL(pi || pi_hat), largest at pi_hat. By lemma 4.1 mixing over whole responses
     is never worse: not from pi_theta = pi_0, where training starts, nor from elsewhere."""
     beta = 0.7
-    for seed in range(40):
-        policies, leaves = tree_policies(seed=seed)
-        log_0, log_plus, log_hat = (
-            torch.stack([log_probability(policy, y) for y in leaves]) for policy in policies
-        )
-        reward = beta * (log_hat - log_0)  # eq. 6
-        noise = torch.randn(3, len(log_0), generator=torch.Generator().manual_seed(seed)).double()
-        sharp = (noise[0] * 30).log_softmax(0)  # all but one response
-        for log_theta in (log_0, log_plus, log_hat, sharp, *(log_hat + noise).log_softmax(-1)):
-            j = objective(log_theta, log_0, reward, beta)
-            kl = (log_theta.exp() * (log_theta - log_hat)).sum()
-            torch.testing.assert_close(j, -beta * kl, rtol=1e-9, atol=1e-9)
-            assert j < -1e-3 or log_theta is log_hat  # and J(pi_hat) = 0
-        for log_theta in (log_0, log_plus):
-            shares = torch.tensor([0, 0.01, 0.1, 0.5, 0.9, 1])
-            mixtures = [torch.lerp(log_theta.exp(), log_hat.exp(), share).log() for share in shares]
-            j = torch.stack([objective(log_pi, log_0, reward, beta) for log_pi in mixtures])
-            assert (j.diff() > 0).all()
+    policies, leaves = tree_policies(seed=seed)
+    log_0, log_plus, log_hat = (
+        torch.stack([log_probability(policy, y) for y in leaves]) for policy in policies
+    )
+    reward = beta * (log_hat - log_0)  # eq. 6
+
+    def objective(p):  # E_pi[r] - beta KL(pi || pi_0) over all responses (eq. 3)
+        return (p * reward).sum() - beta * (torch.special.xlogy(p, p) - p * log_0).sum()
+
+    noise = torch.randn(3, len(log_0), generator=torch.Generator().manual_seed(seed)).double()
+    sharp = (noise[0] * 30).log_softmax(0)  # all but one response
+    for log_theta in (log_0, log_plus, log_hat, sharp, *(log_hat + noise).log_softmax(-1)):
+        j = objective(log_theta.exp())
+        kl = (log_theta.exp() * (log_theta - log_hat)).sum()
+        torch.testing.assert_close(j, -beta * kl, rtol=1e-9, atol=1e-9)
+        assert j < -1e-3 or log_theta is log_hat  # and J(pi_hat) = 0
+    for log_theta in (log_0, log_plus):
+        shares = torch.tensor([0, 0.01, 0.1, 0.5, 0.9, 1])
+        mixtures = [torch.lerp(log_theta.exp(), log_hat.exp(), share) for share in shares]
+        assert (torch.stack(list(map(objective, mixtures))).diff() > 0).all()
 
 
 def test_lemma_4_1_does_not_cover_mixtures_token_by_token():
@@ -415,6 +412,8 @@ ROLES_IN_A_ROW = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHu
         (pair(["Say \n\nplease", "b"], ["Say \n\nplease", "c"]), [user("Say \n\nplease")]),
         ({"prompt": "  plain text "}, [user("plain text")]),
         ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
+        ({"prompt": "Human: Is Human: a role?"}, [user("Is Human: a role?")]),
+        ({"prompt": "a", "messages": [user("b")]}, [user("a")]),
         ({"prompt": hh("a", "b", "c", "")}, [user("a"), assistant("b"), user("c")]),
         ({"prompt": [user("a"), assistant("b")]}, [user("a")]),
         ({"messages": [system("s"), user("a"), assistant("b")]}, [system("s"), user("a")]),
@@ -477,6 +476,7 @@ NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'me
         ("a.jsonl", b"[" * 10**5, f"a.jsonl, line 1: {NO_JSON}"),
         ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', f"line 2: {NO_JSON} in UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], NO_JSON),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n')[:10] + bytes(range(99)), NO_JSON),
         ("a.jsonl.gz", b"no gzip", NO_JSON),
         ("a.json", b'{"prompt": "x"}', "a.json, item 1: a record needs 'prompt'"),
         ("a.json", b"[1", f"a.json: {NO_JSON}"),
@@ -484,17 +484,13 @@ NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'me
         ("a.jsonl", b'{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', NEEDS),
         ("a.jsonl", b'"prompt"\n', NEEDS),
-        ("a.jsonl", b"[1, 2]\n", NEEDS),
-        ("a.jsonl", b"[]\n", NEEDS),
         ("a.jsonl", b'{"prompt": 7}\n', NEEDS),
         ("a.jsonl", b'{"messages": [{"from": "human", "value": "x"}]}\n', NEEDS),
         ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}\n', NEEDS),
         ("a.jsonl", b"", "no prompt to use; left out: {}"),
         ("a.jsonl", b'{"prompt": ""}\n', "no prompt to use; left out: {'without a prompt': 1"),
-        ("a.jsonl", b'{"chosen": "\\n\\nAssistant: a", "rejected": "\\n\\nAssistant: b"}\n',
-         "no prompt to use"),
     ],
-)  # fmt: skip
+)
 def test_bad_data_is_one_line_that_names_its_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(q.UserError) as error:
@@ -517,13 +513,12 @@ HH_TEXT = st.lists(st.sampled_from(HH_PIECES) | st.text(max_size=9)).map("".join
 def is_prompt(turns):
     """Turns of known roles, of which the first is no assistant's and the last the user's."""
     roles = [t["role"] for t in turns]
-    alike = any(a == b for a, b in itertools.pairwise(roles))
     texts = [t["content"] for t in turns]
     return not turns or (
         {"system", "user", "assistant"} >= set(roles)
         and roles[-1] == "user"
         and roles[0] != "assistant"
-        and not alike
+        and all(a != b for a, b in itertools.pairwise(roles))
         and all(text == text.strip() != "" for text in texts)
     )
 
@@ -966,25 +961,23 @@ def small_llama(seed, **changes):
 
 
 def caught_inputs(contexts, responses):
-    """ids [B, L] that final_states() gives a body, and which positions of [B * L] it takes."""
-    ids = []
+    """ids [B, S] that final_states() gives a body, and which positions of [B * S] it takes."""
 
-    class Body(torch.nn.Linear):  # its state at a position is the number of the position
-        device = "cpu"
+    def numbered(input_ids, use_cache):  # The state at a position is the number of the position.
+        states = torch.arange(input_ids.numel()).reshape(*input_ids.shape, 1)
+        return Mock(last_hidden_state=states)
 
-        def forward(self, input_ids, use_cache):
-            ids.append(input_ids)
-            states = torch.arange(input_ids.numel()).reshape(*input_ids.shape, 1)
-            return types.SimpleNamespace(last_hidden_state=states)
-
-    return ids, q.final_states(Body(1, 1), list(zip(contexts, responses, strict=True)))[:, 0]
+    body = Mock(device="cpu", side_effect=numbered)
+    rows = q.final_states(body, list(zip(contexts, responses, strict=True)))[:, 0]
+    body.assert_called_once()
+    return body.call_args.kwargs["input_ids"], rows
 
 
 def test_the_positions_that_predict_the_response_are_taken():
-    (ids,), rows = caught_inputs([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]])
+    ids, rows = caught_inputs([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]])
     assert ids.tolist() == [[5, 6, 7, 1], [8, 3, 4, 0]]  # the last response token is no input
     assert rows.tolist() == [2, 3, 4, 5, 6]
-    (ids,), rows = caught_inputs([], [])
+    ids, rows = caught_inputs([], [])
     assert ids.shape == (1, 1) and rows.shape == (0,)
 
 
@@ -1043,42 +1036,18 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(q.dist, "all_gather_object", lambda lists, own: lists.__setitem__(0, own))
 
 
-class Engine:
-    """As much of DeepSpeed's engine as an optimizer step asks for, around a forward pass."""
-
-    device = "cpu"
-
-    def __init__(self, forward):
-        self.forward, self.calls = forward, []
-
-    def __call__(self, samples, labels):
-        sums = self.forward(samples, labels)
-        self.calls.append("forward with gradient" if sums[0].requires_grad else "forward")
-        return sums
-
-    def backward(self, loss):
-        self.calls.append("backward")
-        if loss.requires_grad:
-            loss.backward()
-
-    def step(self):
-        self.calls.append("step")
-
-    def get_global_grad_norm(self):
-        return 0.0
-
-
 def test_micro_batches_keep_to_the_budget(one_rank):
     sizes = []
 
     def forward(samples, labels):
         x, y = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
-        (ids,), _ = caught_inputs(x, y)
+        ids, _ = caught_inputs(x, y)
         sizes.append(ids.numel())
         return torch.zeros(3, dtype=torch.float64)
 
-    samples = some_samples(20)
-    record = q.optimizer_step(Engine(forward), lambda samples: None, samples, 40, "")
+    engine, samples = Mock(device="cpu", side_effect=forward), some_samples(20)
+    engine.get_global_grad_norm.return_value = 0.0
+    record = q.optimizer_step(engine, lambda samples: None, samples, 40, "")
     assert len(sizes) > 3 and max(sizes) <= 40
     real = sum(len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples)
     assert 0 < 1 - real / sum(sizes) < 0.3 and record["tokens"] < real  # Some of it is padding.
@@ -1096,20 +1065,28 @@ def test_micro_batches_keep_to_the_budget(one_rank):
 def test_numbers_that_cannot_be_right_stop_before_the_step(one_rank, loss, gap, message):
     samples = some_samples(2)
     means = torch.tensor([loss, 0.0, gap], dtype=torch.float64)
-    engine = Engine(lambda *_: means * sum(len(s.response_ids) for s in samples))
+    sums = means * sum(len(s.response_ids) for s in samples)
+    engine = Mock(device="cpu", return_value=sums)
     with pytest.raises(q.UserError, match=rf"^epoch 3, step 9: on samples \[0, 1\] {message}"):
         q.optimizer_step(engine, lambda _: None, samples, 99, "epoch 3, step 9", 0.1)
-    assert "step" not in engine.calls
+    engine.step.assert_not_called()
 
 
 def test_no_gradient_is_computed_for_samples_that_are_not_fitted(one_rank):
     policy, forwards = q.Policy(small_llama(0), checkpointing=True), []
     attention = policy.model.model.layers[0].self_attn
     attention.register_forward_hook(lambda *_: forwards.append(1))
-    for fit, calls in ((False, ["forward"]), (True, ["forward with gradient", "backward"])):
-        engine = Engine(policy)
+
+    def forward(*args):
+        sums = policy(*args)
+        assert sums[0].requires_grad == fit
+        return sums
+
+    for fit in (False, True):
+        engine = Mock(device="cpu", side_effect=forward)
+        engine.backward.side_effect = torch.Tensor.backward
         record = q.compare(engine, some_labels, some_samples(), 10**6, fit)
-        assert engine.calls == calls and math.isfinite(record["loss"])
+        assert engine.backward.call_count == fit and 0 < record["kl"] < record["loss"]
         assert all((p.grad is not None) == fit for p in policy.parameters())
     assert len(forwards) == 3  # One without gradients; one, and one more on the way back, with.
 
@@ -1118,24 +1095,21 @@ def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
     """Every seed, epoch and sample asks vLLM with a seed of its own."""
     seeds, sampler = [], q.Sampler.__new__(q.Sampler)
     ids = (*tokenizer("hi")["input_ids"], tokenizer.eos_token_id)
-    said = [
-        {7: types.SimpleNamespace(logprob=-9.0), i: types.SimpleNamespace(logprob=-i)} for i in ids
-    ]
-    output = types.SimpleNamespace(token_ids=ids, logprobs=said, finish_reason="stop")
+    said = [{7: Mock(logprob=-9.0), i: Mock(logprob=-i)} for i in ids]
+    answer = Mock(token_ids=ids, logprobs=said, finish_reason="stop")
 
     def generate(contexts, params, use_tqdm):
         expected = [chat.ids([user(str(i))]) for i in range(5)]
         assert [c["prompt_token_ids"] for c in contexts] == expected
         seeds.extend(p.seed for p in params)
-        assert {(p.logprobs, p.detokenize, p.temperature, p.top_p) for p in params} == {
-            (0, False, 1, 1)
-        }
-        return [types.SimpleNamespace(outputs=[output]) for _ in params]
+        settings = {(p.logprobs, p.detokenize, p.temperature, p.top_p) for p in params}
+        assert settings == {(0, False, 0.5, 1)}
+        return [Mock(outputs=[answer])] * 5
 
-    sampler.llm = types.SimpleNamespace(generate=generate)
+    sampler.llm = Mock(generate=generate)
     sampler.chat = chat = chat_of(tokenizer, CHAT_TEMPLATE)
     for seed, tag in ((0, 1), (0, 2), (1, 1)):
-        sampler.cfg = q.Config("m", seed=seed)
+        sampler.cfg = q.Config("m", seed=seed, temperature=0.5)
         for s in sampler.sample([[user(str(i))] for i in range(5)], tag):
             assert s.prompt_ids == chat.ids(s.messages)
             assert s.principle_prompt_ids == chat.ids(chat.with_principle(s.messages))
@@ -1148,35 +1122,19 @@ class Kill(BaseException):
     """The end of the process, as far as the code under test can see."""
 
 
-class Saved:
-    """What of a model, a tokenizer and an engine is saved. They write over what is there."""
-
-    generation_config = transformers.GenerationConfig()
-
-    def __init__(self, text):
-        self.text = text
-
-    def save_pretrained(self, folder, state_dict=None):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("one", "two"):
-            (folder / name).write_text(self.text)
-
-    def save_checkpoint(self, folder, tag, save_latest):
-        self.save_pretrained(Path(folder, tag))
-
-    def named_parameters(self):
-        return []
-
-    def write_events(self, events):
-        pass
-
-
 def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
-    """What train() does to the disk, on one rank and without models.
-
-    It is killed before the kill_at-th change of a file or folder, of which it returns the number.
-    """
+    """What train() does to the disk, on one rank and without models. It is killed before the
+    kill_at-th change of a file or folder, of which it returns the number."""
     calls = itertools.count()
+
+    def save(path, **_):  # DeepSpeed and transformers write over what is there.
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("one", "two"):
+            (path / name).write_text(str(epoch))
+
+    saved = Mock(save_pretrained=save)  # a model, a tokenizer, an engine
+    saved.save_checkpoint = lambda at, tag, save_latest: save(Path(at, tag))
+    saved.named_parameters.return_value = []
 
     def killing(function):
         def changed(*args, **kwargs):
@@ -1196,7 +1154,7 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
         try:
             run.__init__(cfg, prompts)
             for epoch in range(run.epoch + 1, epochs + 1):
-                run.monitor = saved = Saved(str(epoch))
+                run.monitor = Mock()
                 sample = q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")
                 run.save_samples(f"epoch-{epoch:03d}", [sample])
                 run.log("step", epoch, epoch, {"step": epoch})
@@ -1275,9 +1233,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
         m.setattr(Path, "write_text", full)
         with pytest.raises(q.UserError, match=r"No space left on device: '.*epoch-002.jsonl.new'"):
             run.save_samples("epoch-002", [q.Sample(0, [user("x")], [1], [2])])
-        engine = types.SimpleNamespace(save_checkpoint=full)
         with pytest.raises(q.UserError, match="epoch-002: not written, disk full"):
-            run.save_state(engine, 2)
+            run.save_state(Mock(save_checkpoint=full), 2)
     run.lock.release()
     a_run(tmp_path, 1, monkeypatch)
     assert contents(tmp_path) == before
@@ -1322,24 +1279,22 @@ SIZES = {  # weights, layers, width, vocabulary
 def test_memory_needs(size, ranks, offload, keeps, fitting, sampling):
     """The figures of the README's table. Of 7B, 18 GB are 20 bytes a weight, shared by 8 ranks."""
     weights, layers, d, vocabulary = SIZES[size]
-    shape = {"num_hidden_layers": layers, "hidden_size": d, "vocab_size": vocabulary}
-    config = types.SimpleNamespace(**shape)
-    got = q.memory_needs(q.Config("m"), config, weights, ranks, offload)
+    config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=vocabulary)
+
+    def needs(**options):
+        return q.memory_needs(q.Config("m", **options), config, weights, ranks, offload)
+
+    got = needs()
     assert got == pytest.approx([keeps, fitting, sampling], abs=0.06)
     moments = 0 if offload else 16
     assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9, abs=3.7)
-
-    # A second frozen model, half of the tokens, no checkpointing, one engine for two GPUs.
-    two = q.memory_needs(q.Config("m", positive_model="b"), config, weights, ranks, offload)
-    assert two[0] - got[0] == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
-    few = q.memory_needs(q.Config("m", micro_batch_tokens=2048), config, weights, ranks, offload)
+    two_frozen = needs(positive_model="b")[0] - got[0]
+    assert two_frozen == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
     kept = (34 + 2 * layers) * 2048 * d * 1e-9  # a layer, and the inputs of all
-    assert got[1] - few[1] == pytest.approx(kept)
-    whole = q.Config("m", activation_checkpointing=False)
-    more = q.memory_needs(whole, config, weights, ranks, offload)[1] - got[1]
+    assert got[1] - needs(micro_batch_tokens=2048)[1] == pytest.approx(kept)
+    more = needs(activation_checkpointing=False)[1] - got[1]
     assert more == pytest.approx(34 * layers * 4096 * d * 1e-9 - 2 * kept)
-    halves = q.memory_needs(q.Config("m", tensor_parallel_size=2), config, weights, 2, offload)
-    assert halves[2] == pytest.approx(weights * 1e-9 + 2)
+    assert needs(tensor_parallel_size=2)[2] == pytest.approx(weights * 1e-9 + 2)
 
 
 def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, monkeypatch, capsys):
@@ -1347,7 +1302,7 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def run(total, **changes):
-        card = types.SimpleNamespace(total_memory=total * 1e9)
+        card = Mock(total_memory=total * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
         cfg = q.Config(str(tmp_path), **changes)
         q.check_memory(cfg, {"zero_optimization": {"stage": 3}})
@@ -1420,13 +1375,12 @@ def test_whole_weights_come_one_by_one_in_the_models_order(monkeypatch):
         gathered.remove(parameters)
 
     monkeypatch.setattr(q.deepspeed.zero, "GatheredParameters", gather)
-    parameters = small_llama(0).named_parameters()
-    for (name, weight), (expected, parameter) in zip(
-        q.whole_weights(small_llama(0)), parameters, strict=True
+    model = small_llama(0)
+    for (name, weight), expected in zip(
+        q.whole_weights(model), model.named_parameters(), strict=True
     ):
-        assert name == expected and torch.equal(weight, parameter)
         ((one,),) = gathered  # While it is looked at, and nothing else.
-        assert torch.equal(one, parameter)
+        assert (name, id(one)) == (expected[0], id(expected[1])) and torch.equal(weight, one)
     assert gathered == []
 
 
@@ -1851,15 +1805,12 @@ def save_slowly():
     q.Run.write = slow
 
 
-@pytest.fixture(scope="session")
-def stopped(toy, tmp_path_factory):
-    """A run of two epochs that is stopped at every moment, and started again.
-
-    In its first epoch while it samples, fits, and saves, and in its second at the beginning and at
-    a moment drawn by chance.
-    """
-    out, rng = tmp_path_factory.mktemp("stopped"), random.Random(4)
-    done = out / "state" / "done.json"
+@processes
+def test_a_run_that_was_stopped_and_started_again_ends_like_one_that_was_not(toy, run_2, tmp_path):
+    """Stopped in its first epoch while it samples, fits, and saves, and in its second at the
+    beginning and at a moment drawn by chance: no process is left within 30 s, and what is on disk
+    is whole."""
+    out, done = tmp_path, tmp_path / "state" / "done.json"
 
     def run_to(path, seconds, job):
         known = (out / "model").stat().st_mtime if (out / "model").exists() else 0
@@ -1891,18 +1842,12 @@ def stopped(toy, tmp_path_factory):
     assert json.loads(done.read_text()) == {"epoch": 1}
 
     # At some moment of the second epoch: SIGKILL.
-    run_to_and_kill(done, rng.uniform(0.1, 0.5))
+    run_to_and_kill(done, random.Random(4).uniform(0.1, 0.5))
     assert json.loads(done.read_text()) == {"epoch": 1}
 
     train(toy, out, 2, *TRAINING)
-    return out
-
-
-@processes
-def test_a_run_that_was_stopped_and_started_again_ends_like_one_that_was_not(stopped, run_2):
-    """However it was stopped: no process was left within 30 s, and what is on disk was whole."""
-    assert_same_run(stopped, run_2[0])
-    state = {p.name for p in (stopped / "state").glob("[ed]*")}
+    assert_same_run(out, run_2[0])
+    state = {p.name for p in (out / "state").glob("[ed]*")}
     assert state == {"done.json", "epoch-002"}  # none but the last
 
 
@@ -2136,7 +2081,7 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
     options = ("--samples_per_epoch", 3, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     options += ("--gpu_memory_utilization", 0.3, "--batch_size", 2, "--learning_rate", 1e-3)
     options += ("--save_every", 2, "--epochs")
-    begin = [["LLM", unittest.mock.ANY], ["sleep", {"level": 2}], ["threads", {"n": 2}]]
+    begin = [["LLM", ANY], ["sleep", {"level": 2}], ["threads", {"n": 2}]]
     begin += [["training engine", {}]] * 2
     epoch = [
         ["empty_cache", {}],
@@ -2262,7 +2207,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
 
     no_model = "no model folder or hub id that loads"
     has = "a has 1024 positions: lower --max_prompt_tokens + --max_new_tokens (5300)"
-    other_run = "holds another run, use its settings or another folder: ranks 2 there, 1 here; data"
     cases = [
         ([], "error: the following arguments are required: --model"),
         (["--model", "x", "--mod", 1], "error: unrecognized arguments: --mod 1"),
@@ -2281,7 +2225,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours("--max_new_tokens", 5000), has),
         (ours("--ds_config", tmp_path / "no.json"), "that sets ZeRO stage 3 (FileNotFoundError"),
         (ours("--output_dir", tmp_path / "file" / "x"), "Not a directory"),
-        (ours("--output_dir", ran, "--data", another), other_run),
+        (ours("--output_dir", ran, "--data", another), "here; ranks 2 there, 1 here; data_crc32 "),
     ]
     (tmp_path / "cases.json").write_text(json.dumps([[str(x) for x in case] for case, _ in cases]))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -2367,39 +2311,28 @@ def make_other_model(name, folder):
     make_tokenizer().save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def other_runs(tmp_path_factory):
-    """A run of every other make, all at the same time."""
-    folder, jobs = tmp_path_factory.mktemp("other_runs"), []
-    data = write_records(folder / "a.jsonl", RECORDS[:3])
-    for name in list(OTHER_MODELS)[1:]:
-        make_other_model(name, folder / name / "base")
-        options = {"model": folder / name / "base", "output_dir": folder / name / "out"}
-        options |= {"data": data, "principle": PRINCIPLE, "dtype": "float32", "temperature": 0}
-        options |= {"epochs": 2, "samples_per_epoch": 3, "learning_rate": 3e-3}
-        options |= {"max_prompt_tokens": 300, "max_new_tokens": 12}
-        words = [str(x) for key in options for x in (f"--{key}", options[key])]
-        jobs.append(Job(1, run_main, words))
-    for job in jobs:
-        job.result()
-    return folder
-
-
 @processes
-@pytest.mark.parametrize("name", list(OTHER_MODELS)[1:])
-def test_models_of_other_makes_are_sampled_and_trained_right(name, other_runs):
+def test_models_of_other_makes_are_sampled_and_trained_right(tmp_path):
     """Loss and gradient of the first step are plain PyTorch's. At temperature 0, the tokens of the
     second epoch are the favourites of the policy after the first, and no more those of pi_0."""
-    base, out = other_runs / name / "base", other_runs / name / "out"
-    records, policy = next(replay(base, out, 1.4, 1.0, 3e-3, 16))
-    steps = metrics(out, "step")  # One in each epoch, so that the sampler is never behind.
-    assert steps[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
-    assert steps[0]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3)
-    assert len(steps) == 2 and max(step["sampler_gap"] for step in steps) < 1e-5
-
-    pi_0 = load_float64(base)
-    samples = read_jsonl(out / "samples" / "epoch-002.jsonl")
-    assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0
+    data, jobs = write_records(tmp_path / "a.jsonl", RECORDS[:3]), {}
+    for name in list(OTHER_MODELS)[1:]:
+        base, out = tmp_path / name / "base", tmp_path / name / "out"
+        make_other_model(name, base)
+        options = {"model": base, "output_dir": out, "data": data, "principle": PRINCIPLE}
+        options |= {"epochs": 2, "samples_per_epoch": 3, "learning_rate": 3e-3, "temperature": 0}
+        options |= {"max_prompt_tokens": 300, "max_new_tokens": 12, "dtype": "float32"}
+        words = [str(x) for key in options for x in (f"--{key}", options[key])]
+        jobs[name] = base, out, Job(1, run_main, words)
+    for name, (base, out, job) in jobs.items():
+        job.result()
+        records, policy = next(replay(base, out, 1.4, 1.0, 3e-3, 16))
+        steps = metrics(out, "step")  # One in each epoch, so that the sampler is never behind.
+        assert steps[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5), name
+        assert steps[0]["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-3), name
+        assert len(steps) == 2 and max(step["sampler_gap"] for step in steps) < 1e-5, name
+        samples = read_jsonl(out / "samples" / "epoch-002.jsonl")
+        assert regret(policy, samples) == 0 and regret(load_float64(base), samples) > 0, name
 
 
 def load_in_bfloat16(*folders):
