@@ -7,7 +7,6 @@ The oracles say the mathematics of the paper once more, slow and obvious. Tests 
 
 import base64
 import contextlib
-import copy
 import dataclasses
 import functools
 import gc
@@ -34,7 +33,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import ANY, Mock
+from unittest.mock import ANY, Mock, patch
 
 import hypothesis
 import psutil
@@ -408,6 +407,11 @@ ROLES_IN_A_ROW = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHu
         ({"messages": [system("s"), user("a"), assistant("b")]}, [system("s"), user("a")]),
         ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
         ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
+        # a system text in the midst becomes the user's
+        ({"messages": [system("s"), user("a"), system("t"), assistant("b"), user("c")]},
+         [system("s"), user("a\n\nt"), assistant("b"), user("c")]),
+        ({"messages": [user("a"), assistant("b"), system("t"), user("c")]},
+         [user("a"), assistant("b"), user("t\n\nc")]),
         ({"messages": [user("a"), assistant("b"), user(" ")]}, [user("a")]),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
          [user("a")]),
@@ -576,15 +580,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_hub_data_sets(tmp_path, monkeypatch):
-    """Train files alone, of the whole set or of one folder; what is not there is one line."""
-    import huggingface_hub
-
+@pytest.fixture(scope="session")
+def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    where = {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": tmp_path}
-    download = functools.partial(huggingface_hub.snapshot_download, **where)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def test_hub_data_sets(hub, tmp_path, monkeypatch):
+    """Train files alone, of the whole set or of one folder; what is not there is one line."""
+    snapshot = q.huggingface_hub.snapshot_download
+    download = functools.partial(snapshot, endpoint=hub, cache_dir=tmp_path)
+    monkeypatch.setattr(q.huggingface_hub, "snapshot_download", download)
 
     def prompts(name, split="train"):
         return [record["prompt"] for _, record in q.read_records(name, split)]
@@ -598,7 +605,6 @@ def test_hub_data_sets(tmp_path, monkeypatch):
             prompts(name)
     with pytest.raises(q.UserError, match=r"^org/set/helpful: .* has no test file in \.json"):
         prompts("org/set/helpful", "test")
-    server.shutdown()
 
 
 def test_as_many_prompts_are_drawn_as_a_run_needs(tmp_path):
@@ -696,32 +702,30 @@ PLACES = [  # template, how contexts begin without and with the principle, and b
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    return make_tokenizer()
-
-
-def chat_of(tokenizer, template, principle="PRINCIPLE."):
-    tokenizer = copy.deepcopy(tokenizer)
+def chat_of(template, principle="PRINCIPLE."):
+    tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     return q.Chat(tokenizer, principle)
 
 
 @pytest.mark.parametrize("template, plain, shown, own", PLACES)
-def test_place_of_the_principle(tokenizer, template, plain, shown, own):
-    """Also behind a prompt's own system text, which takes the place of the default one."""
-    chat = chat_of(tokenizer, template)
+def test_place_of_the_principle(template, plain, shown, own):
+    """Also behind a prompt's own system text, which takes the place of the default one. Without it
+    a context is what the template renders."""
+    chat = chat_of(template)
     turns = [user("q"), assistant("a"), user("r")]
     prompts = turns, chat.with_principle(turns)
     prompts += [system("Own."), *turns], chat.with_principle([system("Own."), *turns])
     texts = [chat.render(prompt) for prompt in prompts]
+    options = {"add_generation_prompt": True, "strftime_now": q.datetime(2024, 8, 27).strftime}
+    assert texts[0] == chat.tokenizer.apply_chat_template(turns, tokenize=False, **options)
     begin = [plain, shown, own.replace(" PRINCIPLE.", ""), own]
-    for text, start in zip(texts, begin, strict=True):
+    for prompt, text, start in zip(prompts, texts, begin, strict=True):
         assert text.startswith(start)
         end = text.removeprefix(start)
         assert end == texts[0].removeprefix(plain) != ""  # They end alike.
-    assert chat.ids(turns) == chat.tokenizer(texts[0], add_special_tokens=False)["input_ids"]
-    assert chat_of(tokenizer, template, None).with_principle(turns) == turns
+        assert chat.ids(prompt) == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chat_of(template, None).with_principle(turns) == turns
 
 
 def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
@@ -735,8 +739,8 @@ def test_who_is_pi_0_who_is_pi_plus_and_who_gets_the_principle():
     assert roles(positive_model="p", principle="x") == ("m", "p", "x")
 
 
-def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
-    chat = chat_of(tokenizer, None)
+def test_long_prompts_lose_their_oldest_turns_never_the_principle():
+    chat = chat_of(None)
     turns = [user("x" * 50), assistant("y" * 50), user("z" * 50), assistant("w" * 50), user("last")]
     whole = len(chat.ids(chat.with_principle(turns)))
     assert chat.shorten(turns, whole) == turns
@@ -751,45 +755,6 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle(tokenizer):
     assert chat.shorten(with_system, limit) == [with_system[0], turns[4]]
     with pytest.raises(q.UserError, match=r"^without a prompt$"):
         chat.shorten([], limit)
-
-
-DIALOGUES = [
-    [user("one")],
-    [user("one"), assistant("two"), user("three"), assistant("four"), user("five")],
-    [system("zero"), user("one"), assistant("two"), user("three")],
-    [user("one"), assistant("two"), system("later"), user("three")],
-    [system("zero"), user("one"), system("later"), assistant("two"), user("three")],
-    [system("zero"), user("one"), assistant("two"), system("later"), user("three")],
-]
-
-
-@pytest.mark.parametrize("template", [template for template, *_ in PLACES])
-def test_contexts_are_what_the_template_renders_and_one_insertion(template, tokenizer):
-    chat = chat_of(tokenizer, template)
-    template = chat.tokenizer.chat_template
-    options = {"add_generation_prompt": True, "strftime_now": q.datetime(2024, 8, 27).strftime}
-    for turns in DIALOGUES:
-        prompt = chat.shorten(q.prompt_of({"messages": turns}), 10**6)
-        assert (prompt == turns) == (system("later") not in turns)  # which are folded
-        plain, shown = chat.render(prompt), chat.render(chat.with_principle(prompt))
-        if chat.has_system or turns[0]["role"] == "user":
-            direct = chat.tokenizer.apply_chat_template(prompt, tokenize=False, **options)
-            assert plain == direct
-        # They differ by one insertion, but for white space, and lose nothing.
-        a, b = ("".join(text.split()) for text in (plain, shown))
-        assert b.endswith(a[len(os.path.commonprefix([a, b])) :])  # noqa: RUF071
-        assert plain.count("PRINCIPLE.") == 0 and shown.count("PRINCIPLE.") == 1
-        texts = [turn["content"] for turn in turns]
-        default = turns[0]["role"] != "system"
-        if default and "You are Q." in template:
-            texts.append("You are Q.")
-        if "strftime_now" in template and (default or template != GRANITE):
-            texts.append("27 Aug 2024")
-        for text in (plain, shown):
-            assert [text.count(part) for part in texts] == [1] * len(texts), text
-        for ids in (chat.ids(prompt), chat.ids(chat.with_principle(prompt))):
-            assert ids.count(chat.tokenizer.bos_token_id) == ("bos_token" in template)
-            assert chat.tokenizer.decode(ids) in (plain, shown)
 
 
 @pytest.mark.parametrize(
@@ -820,18 +785,18 @@ def test_default_system_texts(plain, shown, text):
         ({"rag": CHAT_TEMPLATE, "tool_use": ""}, "no default specified"),
     ],
 )  # fmt: skip
-def test_templates_that_cannot_be_used_are_one_line(template, reason, tokenizer):
+def test_templates_that_cannot_be_used_are_one_line(template, reason):
     with pytest.raises(q.UserError, match=f"^the chat template of --model .*{reason}") as error:
-        chat_of(tokenizer, template)
+        chat_of(template)
     assert "\n" not in str(error.value)
 
 
-def test_of_several_templates_the_default_is_taken(tokenizer):
-    chat = chat_of(tokenizer, {"rag": "rag", "default": CHAT_TEMPLATE})
+def test_of_several_templates_the_default_is_taken():
+    chat = chat_of({"rag": "rag", "default": CHAT_TEMPLATE})
     assert chat.render([user("q")]) == "<s><|user|>q<|assistant|>"
 
 
-def test_prompts_that_are_left_out_are_counted_by_their_reason(tokenizer, tmp_path):
+def test_prompts_that_are_left_out_are_counted_by_their_reason(tmp_path):
     refuses = "{% for m in messages if m.content == 'no' %}{{ raise_exception('rude') }}"
     refuses += "{% endfor %}"
     records = [{"prompt": x} for x in ("yes", "no", "", "yes", "x" * 300)]
@@ -839,7 +804,7 @@ def test_prompts_that_are_left_out_are_counted_by_their_reason(tokenizer, tmp_pa
     records.append({"messages": [user("x" * 300), assistant("y"), user("yes")]})  # equal, shortened
     records.append({"chosen": "a reply", "rejected": "a reply"})  # plain texts share no prompt
     data = write_records(tmp_path / "a.jsonl", records)
-    prompts, left_out = load(data, chat_of(tokenizer, refuses + CHAT_TEMPLATE), 100)
+    prompts, left_out = load(data, chat_of(refuses + CHAT_TEMPLATE), 100)
     assert prompts == [[user("yes")]]
     reason = "the chat template of --model fails (TemplateError: rude)"
     assert left_out == {"without a prompt": 2, "duplicate": 2, "too long": 1, reason: 2}
@@ -1080,10 +1045,11 @@ def test_no_gradient_is_computed_for_samples_that_are_not_fitted(one_rank):
     assert len(forwards) == 3  # One without gradients; one, and one more on the way back, with.
 
 
-def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
+def test_contexts_seeds_and_answers_of_samples(one_rank):
     """Every seed, epoch and sample asks vLLM with a seed of its own."""
     seeds, sampler = [], q.Sampler.__new__(q.Sampler)
-    ids = (*tokenizer("hi")["input_ids"], tokenizer.eos_token_id)
+    sampler.chat = chat = chat_of(CHAT_TEMPLATE)
+    ids = (*chat.tokenizer("hi")["input_ids"], chat.tokenizer.eos_token_id)
     said = [{7: Mock(logprob=-9.0), i: Mock(logprob=-i)} for i in ids]
     answer = Mock(token_ids=ids, logprobs=said, finish_reason="stop")
 
@@ -1096,7 +1062,6 @@ def test_contexts_seeds_and_answers_of_samples(tokenizer, one_rank):
         return [Mock(outputs=[answer])] * 5
 
     sampler.llm = Mock(generate=generate)
-    sampler.chat = chat = chat_of(tokenizer, CHAT_TEMPLATE)
     for seed, tag in ((0, 1), (0, 2), (1, 1)):
         sampler.cfg = q.Config("m", seed=seed, temperature=0.5)
         for s in sampler.sample([[user(str(i))] for i in range(5)], tag):
@@ -1984,69 +1949,65 @@ def test_a_sampler_without_the_weights_of_the_policy_stops_the_run(toy, tmp_path
         assert record["sampler_gap"] < 1e-5
 
 
-CALLS = []  # of the stand-in of vLLM, in the process that rehearses
+CALLS = []  # in the process that rehearses
 
 
 class StandIn:
     """What vllm.LLM is on a GPU, as a recorder around a policy of transformers."""
 
     def __init__(self, model, **options):
-
         from vllm.config import VllmConfig
 
-        CALLS.append(["LLM", options])
+        CALLS.append(options)
         torch.set_num_threads(1)  # as vLLM does
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
         self.llm_engine = types.SimpleNamespace(vllm_config=VllmConfig())
 
     def __getattr__(self, name):
-        return lambda *args, **options: CALLS.append([name, options])
-
-    def apply_model(self, function):
-        CALLS.append(["apply_model", {}])
+        return lambda *_, **options: CALLS.append(" ".join([name, *map(str, options.values())]))
 
     def collective_rpc(self, method, kwargs):
-        CALLS.append([method, {}])
+        CALLS.append(method)
         weights = {name: weight.clone() for name, weight in kwargs["weights_iterator"]}
         self.model.load_state_dict(weights)
 
     def generate(self, contexts, params, use_tqdm):
-        CALLS.append(["generate", {"n": len(contexts)}])
+        CALLS.append(f"generate {len(contexts)}")
         for context in contexts:
             x, y = context["prompt_token_ids"], [70, 71, 1]
-            log_pi = oracle_logits(self.model, x, y).log_softmax(-1)
-            said = [{i: types.SimpleNamespace(logprob=p[i].item())} for i, p in zip(y, log_pi)]  # noqa: B905
-            answer = {"token_ids": y, "logprobs": said, "finish_reason": "stop"}
-            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(**answer)])
+            log_pi = oracle_log_probs(oracle_logits(self.model, x, y), y).tolist()
+            said = [{token: Mock(logprob=p)} for token, p in zip(y, log_pi, strict=True)]
+            yield Mock(outputs=[Mock(token_ids=y, logprobs=said, finish_reason="stop")])
+
+
+def noted(name, function):
+    def call(*args, **options):
+        CALLS.append(name)
+        return function(*args, **options)
+
+    return call
 
 
 def rehearse_gpu():
     """Put the stand-in in vLLM's place, where Sampler finds a GPU, and print its calls."""
     import vllm
 
-    vllm.LLM = StandIn
-    build = q.Sampler.__init__
+    build, save = q.Sampler.__init__, q.Run.save_state
 
     def built(*args):
         torch.set_num_threads(2)
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(torch.cuda, "is_available", lambda: True)
+        with patch.object(torch.cuda, "is_available", lambda: True):
             build(*args)
-        CALLS.append(["threads", {"n": torch.get_num_threads()}])
+        CALLS.append(f"{torch.get_num_threads()} threads")
 
-    def initialize(*args, **options):
-        CALLS.append(["training engine", {}])
-        return deepspeed_initialize(*args, **options)
+    def saved(*args):
+        print("\nCALLS", json.dumps(CALLS))
+        save(*args)
 
-    import deepspeed
-
-    deepspeed_initialize, deepspeed.initialize = deepspeed.initialize, initialize
-    q.Sampler.__init__ = built
-    torch.cuda.empty_cache = lambda: CALLS.append(["empty_cache", {}])
-    step = q.optimizer_step
-    q.optimizer_step = lambda *args: CALLS.append(["step", {}]) or step(*args)
-    save = q.Run.save_state
-    q.Run.save_state = lambda *args: print("\nCALLS", json.dumps(CALLS)) or save(*args)
+    vllm.LLM, q.Sampler.__init__, q.Run.save_state = StandIn, built, saved
+    q.deepspeed.initialize = noted("training engine", q.deepspeed.initialize)
+    q.optimizer_step = noted("step", q.optimizer_step)
+    torch.cuda.empty_cache = noted("empty_cache", torch.cuda.empty_cache)
 
 
 @processes
@@ -2056,25 +2017,15 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
     options = ("--samples_per_epoch", 3, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     options += ("--gpu_memory_utilization", 0.3, "--batch_size", 2, "--learning_rate", 1e-3)
     options += ("--save_every", 2, "--epochs")
-    begin = [["LLM", ANY], ["sleep", {"level": 2}], ["threads", {"n": 2}]]
-    begin += [["training engine", {}]] * 2
-    epoch = [
-        ["empty_cache", {}],
-        ["wake_up", {"tags": ["weights"]}],
-        ["reload_weights", {}],
-        ["apply_model", {}],
-        ["wake_up", {"tags": ["kv_cache"]}],
-        ["reset_prefix_cache", {}],
-        ["generate", {"n": 3}],
-        ["generate", {"n": 5}],  # held out
-        ["sleep", {"level": 2}],
-        *[["step", {}]] * 2,
-    ]
+    begin = [ANY, "sleep 2", "2 threads", "training engine", "training engine"]
+    epoch = ["empty_cache", "wake_up ['weights']", "reload_weights", "apply_model"]
+    epoch += ["wake_up ['kv_cache']", "reset_prefix_cache", "generate 3"]
+    epoch += ["generate 5", "sleep 2", "step", "step"]  # The 5 are held out.
     for last, saved in ((3, [2, 3]), (4, [1])):  # epochs of a job when it saves; always the last
         said = train(toy, tmp_path, 1, *options, last, prepare=rehearse_gpu).splitlines()
         calls = [json.loads(x.removeprefix("CALLS")) for x in said if x.startswith("CALLS")]
         assert calls == [begin + epoch * epochs for epochs in saved]
-        llm = calls[0][0][1]
+        llm = calls[0][0]
         expected = {"enable_sleep_mode": True, "enforce_eager": False, "dtype": "float32"}
         expected |= {"hf_overrides": {"head_dtype": "float32"}, "max_num_seqs": 5}
         expected |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None}
@@ -2157,7 +2108,7 @@ main(case)
 
 
 @processes
-def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
+def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     """One process runs main() on every mistake, and never comes to load a model."""
 
     def model(name, **config):
@@ -2203,21 +2154,19 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, tmp_path):
         (ours("--output_dir", ran, "--data", another), "here; ranks 2 there, 1 here; data_crc32 "),
     ]
     (tmp_path / "cases.json").write_text(json.dumps([[str(x) for x in case] for case, _ in cases]))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    env |= {"HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": "SECRET", "MASTER_PORT": free_port()}
+    env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub")}
+    env |= {"HF_TOKEN": "SECRET", "MASTER_PORT": free_port()}
     code = [sys.executable, "-c", MISTAKES, tmp_path / "cases.json"]
     result = subprocess.run(code, env=env, capture_output=True, text=True, cwd=HERE)
-    server.shutdown()
     assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
     assert "SECRET" not in result.stderr + result.stdout
     lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]
-    cases.append(([], "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi"))
-    cases.append(([], "2 ranks but 1 GPUs: lower --num_gpus"))
-    for (case, message), line in zip(cases, lines[::2], strict=False):
-        assert message in line, (case[-4:], message, line)
-    assert lines[1::2] == ["EXIT 2"] * len(cases)
+    messages = [message for _, message in cases]
+    messages.append("PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
+    messages.append("2 ranks but 1 GPUs: lower --num_gpus")
+    for message, line in zip(messages, lines[::2], strict=False):
+        assert message in line
+    assert lines[1::2] == ["EXIT 2"] * len(messages)
     # vLLM is not loaded yet, and the sampler that wants a compiler is switched off when it is.
     assert "LOADED False 0" in result.stdout and not (tmp_path / "ran").exists()
     assert "TIMEOUT 43200.0" in result.stdout  # Rank 0 may be busy with files for hours.
