@@ -38,6 +38,7 @@ from unittest.mock import ANY, Mock, patch
 import hypothesis
 import psutil
 import pytest
+import sentencepiece
 import torch
 import transformers
 from hypothesis import strategies as st
@@ -193,9 +194,10 @@ def test_superior_policy_is_the_definition(alpha, plausibility):
 @pytest.mark.parametrize("chunk", [1, 17, 64, 100])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("plausibility", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, tolerance", [
-    (torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+)
 def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility, dtype, tolerance):
     """In every precision: of inputs that are exact in it, and with logits in float32 or wider."""
     inputs = some_logits(64, 32, 3, 1.0), some_logits(500, 32, 4, 0.5), some_logits(1, 500, 5)[0]
@@ -810,25 +812,16 @@ def test_prompts_that_are_left_out_are_counted_by_their_reason(tmp_path):
     assert left_out == {"without a prompt": 2, "duplicate": 2, "too long": 1, reason: 2}
 
 
-@pytest.fixture(scope="session")
-def sentencepiece_model(tmp_path_factory):
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text").write_text("\n".join([VICUNA_SYSTEM, q.PRINCIPLE, "USER: ASSISTANT:"] * 9))
+@pytest.mark.parametrize("legacy", [True, False])
+def test_vicuna_ids_are_those_of_fastchat(legacy, tmp_path):
+    """With Llama's own tokenizer, which adds the BOS to FastChat's text by itself."""
+    transformers.LlamaConfig(vocab_size=400).save_pretrained(tmp_path)
+    text = write(tmp_path / "text", f"{VICUNA_SYSTEM}\n{q.PRINCIPLE}\nUSER: ASSISTANT:\n" * 9)
     sentencepiece.SentencePieceTrainer.train(
-        input=folder / "text", model_prefix=folder / "tokenizer", vocab_size=400, minloglevel=2,
+        input=text, model_prefix=tmp_path / "tokenizer", vocab_size=400, minloglevel=2,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False,
     )  # fmt: skip
-    return folder / "tokenizer.model"
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_vicuna_ids_are_those_of_fastchat(legacy, sentencepiece_model, tmp_path):
-    """With Llama's own tokenizer, which adds the BOS to FastChat's text by itself."""
-    transformers.LlamaConfig(vocab_size=400).save_pretrained(tmp_path)
-    shutil.copy(sentencepiece_model, tmp_path)
     options = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
     write(tmp_path / "tokenizer_config.json", json.dumps(options))
     chat = q.Chat(q.load_tokenizer(q.Config(str(tmp_path))), "Be kind.")
@@ -905,7 +898,7 @@ def some_samples(n=5, v=64, seed=0):
     ids = lambda low, high: [rng.randrange(v) for _ in range(rng.randint(low, high))]  # noqa: E731
     samples = [q.Sample(i, [], ids(1, 9), ids(5, 14), ids(1, 7)) for i in range(n)]
     for sample in samples:
-        sample.log_probs = [-rng.random() for _ in sample.response_ids]
+        sample.log_probs = [-9 * rng.random() for _ in sample.response_ids]
     return samples
 
 
@@ -914,7 +907,7 @@ def small_llama(seed, **changes):
     return make_llama(seed, **{**size, **changes}).double().eval()
 
 
-def caught_inputs(contexts, responses):
+def caught_inputs(pairs):
     """ids [B, S] that final_states() gives a body, and which positions of [B * S] it takes."""
 
     def numbered(input_ids, use_cache):  # The state at a position is the number of the position.
@@ -922,16 +915,16 @@ def caught_inputs(contexts, responses):
         return Mock(last_hidden_state=states)
 
     body = Mock(device="cpu", side_effect=numbered)
-    rows = q.final_states(body, list(zip(contexts, responses, strict=True)))[:, 0]
+    rows = q.final_states(body, pairs)[:, 0]
     body.assert_called_once()
     return body.call_args.kwargs["input_ids"], rows
 
 
 def test_the_positions_that_predict_the_response_are_taken():
-    ids, rows = caught_inputs([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]])
+    ids, rows = caught_inputs([([5, 6, 7], [1, 2]), ([8], [3, 4, 9])])
     assert ids.tolist() == [[5, 6, 7, 1], [8, 3, 4, 0]]  # the last response token is no input
     assert rows.tolist() == [2, 3, 4, 5, 6]
-    ids, rows = caught_inputs([], [])
+    ids, rows = caught_inputs([])
     assert ids.shape == (1, 1) and rows.shape == (0,)
 
 
@@ -948,9 +941,7 @@ def test_labels_equal_the_oracle(two_models, plausibility):
     labels, tokens = superior(samples), sum(len(s.response_ids) for s in samples)
     got = torch.cat([labels(slice(i, i + 3)) for i in range(0, tokens, 3)])
     each = [oracle_labels(pi_0, pi_plus, vars(s), 1.4, plausibility) for s in samples]
-    torch.testing.assert_close(
-        got.double().softmax(-1), torch.cat(each).exp(), rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(got.softmax(-1), torch.cat(each).exp(), rtol=1e-3, atol=1e-6)
     assert not got.requires_grad  # frozen
     assert superior([])(slice(0, 3)).shape == (0, 64)  # a rank without samples
 
@@ -976,7 +967,7 @@ def test_the_policy_on_its_way_forth_and_back(checkpointing):
     assert gap.item() == pytest.approx(expected, rel=1e-6) and expected > 1
     loss.backward()
     assert len(calls) == 1 + checkpointing
-    _, rows = caught_inputs([s.prompt_ids for s in samples], [s.response_ids for s in samples])
+    _, rows = caught_inputs([(s.prompt_ids, s.response_ids) for s in samples])
     touched = gradients[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
     assert touched.tolist() == rows.tolist()
 
@@ -994,8 +985,7 @@ def test_micro_batches_keep_to_the_budget(one_rank):
     sizes = []
 
     def forward(samples, labels):
-        x, y = [s.prompt_ids for s in samples], [s.response_ids for s in samples]
-        ids, _ = caught_inputs(x, y)
+        ids, _ = caught_inputs([(s.prompt_ids, s.response_ids) for s in samples])
         sizes.append(ids.numel())
         return torch.zeros(3, dtype=torch.float64)
 
@@ -1214,32 +1204,24 @@ def test_options_that_make_no_sense(name, values):
             q.Config("m", **{name: value})
 
 
-SIZES = {  # weights, layers, width, vocabulary
-    "3B": (3.09e9, 36, 2048, 151936),
-    "7B": (6.74e9, 32, 4096, 32000),
-    "13B": (13.0e9, 40, 5120, 32000),
-}
-
-
 @pytest.mark.parametrize(
-    "size, ranks, offload, keeps, fitting, sampling",
+    "weights, layers, d, vocabulary, ranks, offload, expected",
     [
-        ("3B", 1, False, 65.4, 6.0, 8.2),  # On a card of 80 GB, 0.18 is left for vLLM.
-        ("7B", 8, False, 20.1, 5.0, 15.5),
-        ("7B", 8, True, 6.6, 5.0, 15.5),
-        ("13B", 8, False, 35.8, 6.0, 28.0),
+        (3.09e9, 36, 2048, 151936, 1, False, [65.4, 6.0, 8.2]),  # On 80 GB, 0.18 is left for vLLM.
+        (6.74e9, 32, 4096, 32000, 8, False, [20.1, 5.0, 15.5]),
+        (6.74e9, 32, 4096, 32000, 8, True, [6.6, 5.0, 15.5]),
+        (13.0e9, 40, 5120, 32000, 8, False, [35.8, 6.0, 28.0]),
     ],
 )
-def test_memory_needs(size, ranks, offload, keeps, fitting, sampling):
+def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
     """The figures of the README's table. Of 7B, 18 GB are 20 bytes a weight, shared by 8 ranks."""
-    weights, layers, d, vocabulary = SIZES[size]
     config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=vocabulary)
 
     def needs(**options):
         return q.memory_needs(q.Config("m", **options), config, weights, ranks, offload)
 
     got = needs()
-    assert got == pytest.approx([keeps, fitting, sampling], abs=0.06)
+    assert got == pytest.approx(expected, abs=0.06)
     moments = 0 if offload else 16
     assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9, abs=3.7)
     two_frozen = needs(positive_model="b")[0] - got[0]
@@ -1571,16 +1553,12 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
 
 @processes
 @pytest.mark.parametrize(
-    "ranks, options",
-    [
-        (1, ("--activation_checkpointing", False)),
-        (2, ("--tensor_parallel_size", 2, "--save_every", 9)),
-    ],
+    "ranks, option", [(1, "--activation_checkpointing=false"), (2, "--tensor_parallel_size=2")]
 )
 def test_ranks_checkpointing_and_tensor_parallel_sampling_change_no_run(
-    toy, run_2, tmp_path, ranks, options
+    toy, run_2, tmp_path, ranks, option
 ):
-    train(toy, tmp_path, ranks, *TRAINING, *options)
+    train(toy, tmp_path, ranks, *TRAINING, option, "--save_every", 9)
     assert json.loads((tmp_path / "state" / "done.json").read_text()) == {"epoch": 2}
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         ours, theirs = (read_jsonl(out / "samples" / file) for out in (tmp_path, run_2[0]))
@@ -1600,15 +1578,14 @@ def test_what_a_run_writes_and_says(toy, run_2):
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
     assert config["positive_model"] == str(toy / "a")
-    epochs = metrics(out, "epoch")
-    assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
-    keys = "kind epoch step loss kl sampler_gap_first sampler_gap_last response_tokens_mean"
-    keys += " truncated sample_seconds train_seconds"
-    assert " ".join(epochs[0]) == keys
+    steps, epochs = metrics(out, "step"), metrics(out, "epoch")
     keys = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
-    assert " ".join(metrics(out, "step")[0]) == keys
+    assert " ".join(steps[0]) == keys
+    keys = "kind epoch step loss kl sampler_gap_first sampler_gap_last response_tokens_mean"
+    assert " ".join(epochs[0]) == f"{keys} truncated sample_seconds train_seconds"
+    assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
     keys = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
-    for epoch in (1, 2):
+    for epoch, record in enumerate(epochs, 1):
         samples = read_jsonl(out / "samples" / f"epoch-00{epoch}.jsonl")
         assert " ".join(samples[0]) == f"{keys} finish_reason"
         assert [s["index"] for s in samples] == list(range(7))
@@ -1617,16 +1594,16 @@ def test_what_a_run_writes_and_says(toy, run_2):
             assert ended == (s["finish_reason"] == "stop")
             assert ended or len(s["response_ids"]) == 24
             assert len(s["log_probs"]) == len(s["response_ids"]) and max(s["log_probs"]) <= 0
-        record, tokens = epochs[epoch - 1], [len(s["response_ids"]) for s in samples]
-        assert record["response_tokens_mean"] == pytest.approx(sum(tokens) / 7)
-        assert record["truncated"] == sum(s["finish_reason"] == "length" for s in samples) / 7
-        steps = [s for s in metrics(out, "step") if s["epoch"] == epoch]
-        assert sum(s["tokens"] for s in steps) == sum(tokens)
+        first, last = (step for step in steps if step["epoch"] == epoch)
+        tokens = first["tokens"] + last["tokens"]
+        assert tokens == sum(len(s["response_ids"]) for s in samples)
         for key in ("loss", "kl"):
-            weighted = sum(s[key] * s["tokens"] for s in steps) / sum(tokens)
-            assert record[key] == pytest.approx(weighted)
-        ends = [record["sampler_gap_first"], record["sampler_gap_last"]]
-        assert ends == [steps[0]["sampler_gap"], steps[-1]["sampler_gap"]]
+            mean = (first[key] * first["tokens"] + last[key] * last["tokens"]) / tokens
+            assert record[key] == pytest.approx(mean)
+        assert record["response_tokens_mean"] == pytest.approx(tokens / 7)
+        assert record["truncated"] == sum(s["finish_reason"] == "length" for s in samples) / 7
+        assert record["sampler_gap_first"] == first["sampler_gap"]
+        assert record["sampler_gap_last"] == last["sampler_gap"]
     assert "left out: {'duplicate': 0}" in said
     assert re.search(r"pi_0 +reads '<s><\|user\|>", said)
     assert re.search(rf"pi_plus +reads '<s><\|system\|>{PRINCIPLE}<\|user\|>", said)
@@ -1722,11 +1699,11 @@ def assert_same_run(a, b):
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         assert (a / "samples" / file).read_text() == (b / "samples" / file).read_text()
 
-    def lines(out):
-        for record in read_jsonl(out / "metrics.jsonl"):
-            yield {k: v for k, v in record.items() if "second" not in k}
+    def records(out):
+        lines = read_jsonl(out / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
-    assert list(lines(a)) == list(lines(b))
+    assert records(a) == records(b)
     ours, theirs = weights_of(a / "model"), weights_of(b / "model")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
