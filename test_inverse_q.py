@@ -382,9 +382,6 @@ def pair(chosen, rejected):
     return {"chosen": hh(*chosen), "rejected": hh(*rejected)}
 
 
-ROLES_IN_A_ROW = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e"
-
-
 @pytest.mark.parametrize(
     "record, expected",
     [
@@ -397,7 +394,8 @@ ROLES_IN_A_ROW = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHu
         (pair("abc", "abz"), [user("a")]),
         (pair("ab", ["a", ""]), [user("a")]),  # an empty reply
         (pair("ab", "zb"), []),  # nothing shared
-        ({"prompt": ROLES_IN_A_ROW}, [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
+        ({"prompt": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e"},
+         [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
         (pair("ab" * 18, "ab" * 17 + "ac"), [user("a"), assistant("b")] * 17 + [user("a")]),
         (pair(["Say \n\nplease", "b"], ["Say \n\nplease", "c"]), [user("Say \n\nplease")]),
         ({"prompt": "  plain text "}, [user("plain text")]),
@@ -558,8 +556,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path, headers, status = self.path.partition("?")[0], {"X-Repo-Commit": self.commit}, 200
         if path.startswith("/api/datasets/org/set/revision"):
-            names = [{"rfilename": name} for name in self.files]
-            body = json.dumps({"id": "org/set", "sha": self.commit, "siblings": names}).encode()
+            body = json.dumps({"id": "org/set", "sha": self.commit}).encode()
         elif path.startswith("/api/datasets/org/set/tree"):
             entry = {"type": "file", "oid": "0"}
             tree = [{**entry, "path": k, "size": len(v)} for k, v in self.files.items()]
@@ -677,7 +674,7 @@ IN_LAST_USER_TURN = with_system_text(  # Mistral's manner
     "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
 PLACES = [  # template, how contexts begin without and with the principle, and behind "Own."
-    (CHAT_TEMPLATE, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
+    ({"rag": "rag", "default": CHAT_TEMPLATE}, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
      "<s><|system|>Own. PRINCIPLE.<|user|>q"),
     (QWEN, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q",
      "<system>Own. PRINCIPLE.</><user>q"),
@@ -791,11 +788,6 @@ def test_templates_that_cannot_be_used_are_one_line(template, reason):
     with pytest.raises(q.UserError, match=f"^the chat template of --model .*{reason}") as error:
         chat_of(template)
     assert "\n" not in str(error.value)
-
-
-def test_of_several_templates_the_default_is_taken():
-    chat = chat_of({"rag": "rag", "default": CHAT_TEMPLATE})
-    assert chat.render([user("q")]) == "<s><|user|>q<|assistant|>"
 
 
 def test_prompts_that_are_left_out_are_counted_by_their_reason(tmp_path):
@@ -1237,22 +1229,21 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
     make_llama().config.save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    def run(total, **changes):
+    def run(total, share):
         card = Mock(total_memory=total * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-        cfg = q.Config(str(tmp_path), **changes)
+        cfg = q.Config(str(tmp_path), gpu_memory_utilization=share)
         q.check_memory(cfg, {"zero_optimization": {"stage": 3}})
 
-    run(10.0)
-    run(10.0, gpu_memory_utilization=0.69)
-    run(10.0, gpu_memory_utilization=0.21)
+    for share in (0.21, 0.5, 0.69):
+        run(10.0, share)
     assert "each of which needs about 3.0 GB to train" in capsys.readouterr().out
     for share in (0.7, 0.2):  # too little for training, too little for vLLM
         fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.21 to 0\.69"
         with pytest.raises(q.UserError, match=fits):
-            run(10.0, gpu_memory_utilization=share)
+            run(10.0, share)
     with pytest.raises(q.UserError, match=r"4\.0 GB: use more GPUs, offload_optimizer"):
-        run(4.0, gpu_memory_utilization=0.1)
+        run(4.0, 0.1)
 
 
 OURS = ("train_batch_size", "optimizer", "scheduler", "fp16", "gradient_accumulation_steps")
