@@ -385,7 +385,6 @@ def pair(chosen, rejected):
 @pytest.mark.parametrize(
     "record, expected",
     [
-        (pair(["a", "good"], ["a", "bad"]), [user("a")]),
         # final replies that share their first characters: no part of the prompt
         (pair(["a", "I am well"], ["a", "I am ill"]), [user("a")]),
         (pair("abcd", "abce"), [user("a"), assistant("b"), user("c")]),
@@ -396,7 +395,6 @@ def pair(chosen, rejected):
         (pair("ab", "zb"), []),  # nothing shared
         ({"prompt": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e"},
          [user("a\n\nb"), assistant("c\n\nd"), user("e")]),
-        (pair("ab" * 18, "ab" * 17 + "ac"), [user("a"), assistant("b")] * 17 + [user("a")]),
         (pair(["Say \n\nplease", "b"], ["Say \n\nplease", "c"]), [user("Say \n\nplease")]),
         ({"prompt": "  plain text "}, [user("plain text")]),
         ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
@@ -664,10 +662,6 @@ GEMMA = (
     "{% endif %}" + with_system_text(ALTERNATING + TURNS)
 )
 IGNORES_SYSTEM = with_system_text(TURNS)
-IN_FIRST_USER_TURN = with_system_text(  # Gemma 3's manner
-    ALTERNATING + "{% for m in turns %}[{{ m.role }}]{{ system + '\n\n' if loop.first and system "
-    "else '' }}{{ m.content }}{% endfor %}<model>"
-)
 IN_LAST_USER_TURN = with_system_text(  # Mistral's manner
     ALTERNATING + "{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}[INST]"
     "{{ system + '\n\n' if loop.last and system else '' }}{{ m.content }}[/INST]"
@@ -692,7 +686,6 @@ PLACES = [  # template, how contexts begin without and with the principle, and b
     (DEEPSEEK, "<s><user>q", "<s>PRINCIPLE.\n\n<user>q", "<s>Own. PRINCIPLE.\n\n<user>q"),
     (GEMMA, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>", "<s><user>Own. PRINCIPLE.\n\nq</>"),
     (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
-    (IN_FIRST_USER_TURN, "[user]q", "[user]PRINCIPLE.\n\nq", "[user]Own. PRINCIPLE.\n\nq"),
     (IN_LAST_USER_TURN, "<s>[INST]q[/INST]a</s>[INST]r",
      "<s>[INST]q[/INST]a</s>[INST]PRINCIPLE.\n\nr",
      "<s>[INST]q[/INST]a</s>[INST]Own. PRINCIPLE.\n\nr"),
@@ -778,7 +771,6 @@ def test_default_system_texts(plain, shown, text):
          "does not show the text of a user turn"),
         # Command R+: without tools
         ("{% for tool in tools %}{% endfor %}" + CHAT_TEMPLATE, "'NoneType' object is not iter"),
-        ("{{ messages[0].content|int + '' }}", "unsupported operand"),
         ("{{ messages[0].name.first }}", "has no attribute 'name'"),
         ("{% for %}", "TemplateSyntaxError"),
         ({"rag": CHAT_TEMPLATE, "tool_use": ""}, "no default specified"),
@@ -1639,14 +1631,12 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     options = ("--epochs", 2, "--samples_per_epoch", 3, "--learning_rate", 3e-3)
     options += ("--temperature", 0, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     train(toy, tmp_path, 2, *options, model="tied")
-    policies = replay(toy / "tied", tmp_path, 1.4, 0.5, 3e-3, 16)
-    records, policy = next(policies)
+    records, policy = next(replay(toy / "tied", tmp_path, 1.4, 0.5, 3e-3, 16))
     record, kl, tokens = metrics(tmp_path, "epoch")[1], 0.0, 0  # of the policy after one epoch
     pi_0 = load_float64(toy / "tied")
     unseen = read_jsonl(tmp_path / "samples" / "held-out-001.jsonl")
-    prompts = [q.prompt_of(record) for record in RECORDS]
     drawn, _ = load(str(toy / "data.jsonl"), count=5)  # not the first five
-    assert [s["messages"] for s in unseen] == drawn != prompts[:5]
+    assert [s["messages"] for s in unseen] == drawn != [q.prompt_of(r) for r in RECORDS[:5]]
     for s in unseen:
         with torch.no_grad():
             z = oracle_logits(policy, s["prompt_ids"], s["response_ids"])
@@ -1656,7 +1646,6 @@ def test_vllm_samples_from_the_policy_in_training(toy, tmp_path):
     norm = metrics(tmp_path, "step")[0]["grad_norm"]
     assert norm == pytest.approx(records[0]["grad_norm"], rel=1e-3)
     samples = read_jsonl(tmp_path / "samples" / "epoch-002.jsonl")
-
     assert regret(policy, samples) == 0 and regret(pi_0, samples) > 0.3
 
 
@@ -2236,9 +2225,8 @@ def test_bfloat16_keeps_the_frequencies_of_the_position_embedding(tmp_path):
         make_other_model(name, tmp_path / name)
     lines = Job(1, load_in_bfloat16, *(tmp_path / name for name in kinds)).result().stdout
     lines = [line for line in lines.splitlines() if line.startswith("torch.bfloat16")]
+    read = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     for line, (name, kind) in zip(lines, kinds.items(), strict=True):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / name, dtype=torch.float32
-        )
+        model = read(tmp_path / name)
         expected = {k: v.tolist() for k, v in model.named_buffers() if "inv_freq" in k}
         assert json.loads(line.partition(" ")[2]) == expected and len(expected) >= kind
