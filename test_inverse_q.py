@@ -1128,7 +1128,10 @@ def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike
 
 def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monkeypatch, one_rank):
     """One that saved nothing does not keep its folder: it did not get over its models, say."""
-    q.Run(q.Config("m", output_dir=str(tmp_path), alpha=1.3), []).lock.release()
+    run = q.Run(q.Config("m", output_dir=str(tmp_path), alpha=1.3), [])
+    with pytest.raises(q.UserError, match="another job is running in it"):
+        a_run(tmp_path, 1, monkeypatch)
+    run.lock.release()
     a_run(tmp_path, 1, monkeypatch)
     with pytest.raises(q.UserError) as error:
         a_run(tmp_path, 1, monkeypatch, alpha=1.5, seed=3)
