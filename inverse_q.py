@@ -49,6 +49,7 @@ RANKS   DeepSpeed runs this file once per GPU, a rank each. ZeRO-3 shards all we
 
 import contextlib
 import copy
+import fcntl
 import gzip
 import itertools
 import json
@@ -62,6 +63,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections import Counter
@@ -78,14 +80,12 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- Config --
-# The content of the paper's principle (app. C) in our own words.
-PRINCIPLE = (
+PRINCIPLE = (  # the content of the paper's (app. C), in our own words
     "Follow these principles in every reply. State nothing that is factually wrong. If a request "
     "could endanger anyone's safety or security, decline it, say why, and guide the person towards "
     "something safe. As long as the person's problem is not solved, keep working towards a "
@@ -395,6 +395,7 @@ class Sampler:
             dtype=cfg.dtype,
             max_model_len=length,
             max_num_seqs=min(per_engine, 512),
+            max_num_batched_tokens=max(8192, length),
             hf_overrides={"head_dtype": "float32"} if gpu else None,  # as training's logits
             enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
             tensor_parallel_size=cfg.tensor_parallel_size,
@@ -598,8 +599,7 @@ def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
 
 # -------------------------------------------------------------------------------------- Training --
-# Limit of sampler_gap in an epoch's first step, when policy and sampler differ by rounding alone.
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # sampler_gap in a first step, which is rounding alone
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
@@ -769,9 +769,9 @@ class Run:
         """On rank 0: lock the folder, refuse another run's, return the last saved epoch or 0."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         place = f"--output_dir {self.folder}"
-        self.lock = FileLock(self.folder / "lock")  # Given back however this process ends.
-        with as_user_error(f"{place}: another job is running in it", Timeout):
-            self.lock.acquire(timeout=0)
+        self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        with as_user_error(f"{place}: another job is running in it", BlockingIOError):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         config, done = self.folder / "config.json", self.state / "done.json"
         saved = json.loads(config.read_text()) if done.exists() else settings
         # These may change when a run is resumed, because the method stays the same.
@@ -826,7 +826,8 @@ class Run:
 
         def save():
             path, new, old = (self.folder / name for name in ("model", "model.new", "model.old"))
-            shutil.rmtree(old, ignore_errors=True)  # A kill may have left it.
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
             model.save_pretrained(new, state_dict=weights)
             tokenizer.save_pretrained(new)
             if path.exists():
@@ -1018,8 +1019,7 @@ def load_tokenizer(cfg: Config):
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
     for name in dict.fromkeys((cfg.model, cfg.negative_model, cfg.positive_model)):
         with as_user_error(f"{name}: no model folder or hub id that loads", OSError, ValueError):
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            config = config.get_text_config()
+            config = transformers.AutoConfig.from_pretrained(name).get_text_config()
             # Else mistral_common's tokenizer may load, which reads special tokens as plain text.
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
         paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
@@ -1029,8 +1029,7 @@ def load_tokenizer(cfg: Config):
             own, expected = tokenizer, vocabulary
         check(vocabulary == expected, f"{name}: its vocabulary has to be that of {cfg.model}")
         have = getattr(config, "max_position_embeddings", None) or need
-        lower = f"lower --max_prompt_tokens + --max_new_tokens ({need})"
-        check(need <= have, f"{name} has {have} positions: {lower}")
+        check(need <= have, f"{name}: --max_prompt_tokens + --max_new_tokens may be {have} at most")
         scales = "final_logit_softcapping", "logits_scaling", "logit_scale"
         scaled = [key for key in scales if getattr(config, key, None) not in (None, 1)]
         check(not scaled, f"{name}: unsupported, it caps or scales its logits: {scaled}")
@@ -1068,7 +1067,8 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
-    logging.captureWarnings(True)  # Hides warnings, which vLLM sets off in PyTorch.
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # Never ask to run a model's code.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)

@@ -1092,7 +1092,7 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
                     run.save_state(saved, epoch)
         finally:
             if hasattr(run, "lock"):  # Given back as at the end of a process.
-                run.lock.release()
+                os.close(run.lock)
     return next(calls)
 
 
@@ -1131,7 +1131,7 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
     run = q.Run(q.Config("m", output_dir=str(tmp_path), alpha=1.3), [])
     with pytest.raises(q.UserError, match="another job is running in it"):
         a_run(tmp_path, 1, monkeypatch)
-    run.lock.release()
+    os.close(run.lock)
     a_run(tmp_path, 1, monkeypatch)
     with pytest.raises(q.UserError) as error:
         a_run(tmp_path, 1, monkeypatch, alpha=1.5, seed=3)
@@ -1159,7 +1159,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
             run.save_samples("epoch-002", [q.Sample(0, [user("x")], [1], [2])])
         with pytest.raises(q.UserError, match="epoch-002: not written, disk full"):
             run.save_state(Mock(save_checkpoint=full), 2)
-    run.lock.release()
+    os.close(run.lock)
     a_run(tmp_path, 1, monkeypatch)
     assert contents(tmp_path) == before
 
@@ -1867,13 +1867,18 @@ def break_sync(fault):
     watch_weights()
     load, epochs = q.Sampler.load, itertools.count(1)
 
+    def swapped(name):
+        return re.sub(r"layers\.([01])\.", lambda m: f"layers.{1 - int(m[1])}.", name)
+
     def broken(sampler, weights):
         if next(epochs) == 1:
             pass
         elif fault == "skipped":  # The engine wakes up; without that it would wait for ever.
             sampler.llm.collective_rpc = lambda *_, **__: None
-        else:
+        elif fault == "a layer is left out":
             weights = iter([(k, w.clone()) for k, w in weights if "layers.1." not in k])
+        else:
+            weights = iter([(swapped(k), w.clone()) for k, w in weights])
         load(sampler, weights)
 
     q.Sampler.load = broken
@@ -1883,20 +1888,22 @@ def break_sync(fault):
 def test_a_sampler_without_the_weights_of_the_policy_stops_the_run(toy, tmp_path):
     options = ("--epochs", 3, "--samples_per_epoch", 2, "--learning_rate", 1e-3)
     jobs = {}
-    for fault in ("skipped", "a layer is left out"):
+    for fault in ("skipped", "a layer is left out", "in the wrong order"):
         prepare = functools.partial(break_sync, fault)
         jobs[fault] = start(toy, tmp_path / fault, 1, *options, prepare=prepare)
-    skipped, left_out = (job.result(check=False) for job in jobs.values())
-    line = the_line(skipped)
-    assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in line
-    assert "vLLM's weights or computations differ" in line and "SAME True 21" in skipped.stdout
-    line = the_line(left_out)
-    assert "vLLM did not get all weights of the policy: " in line
-    names = set(re.findall(r"model\.layers\.[\w.]+", line))
-    assert "model.layers.1.mlp.down_proj.weight" in names and len(names) >= 5
-    assert all(name.startswith("model.layers.1.") for name in names)
-    assert "SAME" not in left_out.stdout  # It was not fitted at all.
-    for fault in jobs:
+    for fault, job in jobs.items():
+        result = job.result(check=False)
+        line = the_line(result)
+        if fault == "a layer is left out":
+            assert "vLLM did not get all weights of the policy: " in line
+            names = set(re.findall(r"model\.layers\.[\w.]+", line))
+            assert "model.layers.1.mlp.down_proj.weight" in names and len(names) >= 5
+            assert all(name.startswith("model.layers.1.") for name in names)
+            assert "SAME" not in result.stdout  # It was not fitted at all.
+        else:
+            assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in line
+            assert "vLLM's weights or computations differ" in line
+            assert "SAME True 21" in result.stdout
         (record,) = metrics(tmp_path / fault, "step")
         assert record["sampler_gap"] < 1e-5
 
@@ -2071,6 +2078,10 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     capped = model("capped", final_logit_softcapping=30.0)
     remote = model("remote", model_type="new", auto_map={"AutoConfig": "evil.Evil"})
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    coded = model("coded")
+    (coded / "evil.py").write_text((remote / "evil.py").read_text())
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    change(coded / "tokenizer_config.json", **code)
     broken = model("broken")
     (broken / "config.json").write_text("{")
     other = model("other")
@@ -2084,7 +2095,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
         return settings(toy, tmp_path / "out", *TRAINING, *options)
 
     no_model = "no model folder or hub id that loads"
-    has = "a has 1024 positions: lower --max_prompt_tokens + --max_new_tokens (5300)"
+    has = "a: --max_prompt_tokens + --max_new_tokens may be 1024 at most"
     cases = [
         ([], "error: the following arguments are required: --model"),
         (["--model", "x", "--mod", 1], "error: unrecognized arguments: --mod 1"),
@@ -2097,6 +2108,7 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
         (ours("--model", tmp_path / "file"), no_model),
         (ours("--model", broken), f"broken: {no_model}"),
         (ours("--model", remote), f"remote: {no_model}"),
+        (ours("--model", coded), f"coded: {no_model}"),
         (ours("--positive_model", other), "its vocabulary has to be that of"),
         (ours("--positive_model", capped), "scales its logits: ['final_logit_softcapping']"),
         (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
@@ -2109,7 +2121,9 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub")}
     env |= {"HF_TOKEN": "SECRET", "MASTER_PORT": free_port()}
     code = [sys.executable, "-c", MISTAKES, tmp_path / "cases.json"]
-    result = subprocess.run(code, env=env, capture_output=True, text=True, cwd=HERE)
+    # Whoever asks whether to run a model's code is told yes.
+    how = {"env": env, "capture_output": True, "text": True, "cwd": HERE, "input": "y\n" * 9}
+    result = subprocess.run(code, **how)
     assert "Traceback" not in result.stderr + result.stdout, result.stderr[-3000:]
     assert "SECRET" not in result.stderr + result.stdout
     lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]
