@@ -6,6 +6,7 @@ They take helpers, a random model and the oracles of the method from test_invers
 
 import ast
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -857,6 +858,29 @@ def test_the_parts_of_the_benchmark_run_in_processes_and_the_fused_loss_takes_li
     assert row.result()["plain_seconds"] > 0 and row.result()["fused_seconds"] > 0
     whole = 2048 * 8000 * 4 / 2**20
     assert plain > 4 * whole and fused < whole
+
+
+def test_the_benchmark_makes_the_engines_of_training(monkeypatch):
+    """Which these are is taken from inverse_q.py; here they only stand in their order."""
+    calls = []
+
+    def sampler(cfg, chat):
+        calls.append("sampler")
+        return types.SimpleNamespace(llm=None)
+
+    @contextlib.contextmanager
+    def unpatched(llm):
+        calls.append("unpatched")
+        yield
+        calls.append("patched again")
+
+    monkeypatch.setattr(q, "join_ranks", lambda: None)
+    monkeypatch.setattr(q, "load_tokenizer", lambda cfg: t.make_tokenizer())
+    monkeypatch.setattr(q, "Sampler", sampler)
+    monkeypatch.setattr(q, "unpatched", unpatched)
+    monkeypatch.setattr(q, "load_model", lambda *_: calls.append("policy"))
+    bench.make_engines("m", 4)
+    assert calls == ["sampler", "unpatched", "policy", "patched again"]
 
 
 # ---------------------------------------------------------------------------------- The commands --
