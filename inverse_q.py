@@ -346,8 +346,7 @@ class Chat:
         system = self.default_system
         if messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        content = f"{system} {self.principle}".lstrip()
-        return [{"role": "system", "content": content}, *messages]
+        return [{"role": "system", "content": f"{system} {self.principle}".lstrip()}, *messages]
 
     def shorten(self, messages: list[Message], limit: int) -> list[Message]:
         """The messages without the oldest turns, so that both contexts have at most `limit` tokens.
@@ -514,8 +513,7 @@ class SuperiorPolicy:
     def __init__(self, cfg: Config, ds_config: dict):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
         frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
-        self.cfg = cfg
-        self.frozen = []  # (body, (weight, bias)) of pi_0, and of pi_plus if that is another model
+        self.cfg, self.frozen = cfg, []  # (body, head) of pi_0, and of pi_plus if it is another
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
             body = model.base_model.requires_grad_(False).eval()
@@ -644,6 +642,7 @@ def train(cfg: Config):
     ds_config, chat, prompts, held_out = prepare(cfg)
     run = Run(cfg, prompts)
     if run.epoch >= cfg.epochs:
+        dist.destroy_process_group()  # Else a thread of PyTorch's may abort the exit; vLLM does it.
         return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
     sampler = Sampler(cfg, chat)
     with unpatched(sampler.llm):

@@ -1145,6 +1145,16 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
         a_run(tmp_path, 2, monkeypatch)
 
 
+def test_a_finished_run_is_left_alone(monkeypatch, capsys):
+    """It leaves PyTorch's process group in order, whose threads may abort the process otherwise."""
+    destroy = Mock()
+    monkeypatch.setattr(q, "prepare", lambda cfg: ({}, None, [], []))
+    monkeypatch.setattr(q, "Run", lambda cfg, prompts: Mock(epoch=cfg.epochs))
+    monkeypatch.setattr(q.dist, "destroy_process_group", destroy)
+    q.train(q.Config("m"))
+    assert "Nothing is left to do" in capsys.readouterr().out and destroy.call_count == 1
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch, one_rank):
     a_run(tmp_path, 1, monkeypatch)
     before = contents(tmp_path)
