@@ -1573,10 +1573,14 @@ def test_what_a_run_writes_and_says(toy, run_2):
     assert " ".join(epochs[0]) == f"{keys} truncated sample_seconds train_seconds"
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
     keys = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
+    prompts, _ = load(str(toy / "data.jsonl"))
+    assert len(prompts) == 8  # The second epoch takes the last, and begins anew.
     for epoch, record in enumerate(epochs, 1):
         samples = read_jsonl(out / "samples" / f"epoch-00{epoch}.jsonl")
         assert " ".join(samples[0]) == f"{keys} finish_reason"
         assert [s["index"] for s in samples] == list(range(7))
+        drawn = [prompts[(7 * epoch - 7 + i) % 8] for i in range(7)]
+        assert [s["messages"] for s in samples] == drawn
         for s in samples:
             ended = s["response_ids"][-1] == 1  # EOS is a label where the model ended it itself
             assert ended == (s["finish_reason"] == "stop")

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-PHASES = {"sample_seconds": "sample", "train_seconds": "contrast and fit"}
+PHASES = {"sample_seconds": "sync and sample", "train_seconds": "contrast and fit"}
 
 
 def start_drawing():

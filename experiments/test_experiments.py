@@ -720,7 +720,7 @@ def test_the_credit_page_is_inert(credited):
     assert "\x1b[2J" not in printed and "\\x1b[2J" in printed
 
 
-def test_the_credits_of_a_response_sum_to_its_reward():
+def test_token_credit_of_a_batch():
     log_pi_hat, log_pi_0 = (t.some_logits(6, 11, seed).view(2, 3, 11) for seed in (1, 2))
     tokens = torch.tensor([[1, 2, 3], [10, 0, 5]])
     got = credit.token_credit(log_pi_hat, log_pi_0, tokens, beta=2.0)
