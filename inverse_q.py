@@ -295,11 +295,10 @@ VICUNA_TEMPLATE = (
 def default_text(plain: str, shown: str) -> str:
     """What stands in `plain` in place of the "<S>" in `shown`, if the rest is equal but for white
     space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
-    a, b = "".join(plain.split()), "".join(shown.split())
-    start, size = b.index("<S>"), len("<S>") + (len(a) - len(b)) // b.count("<S>")
-    text = a[start : start + size]
-    spaced = r"\s*".join(map(re.escape, text))  # matches it with its white space
-    return re.search(spaced, plain)[0] if b.replace("<S>", text) == a else ""
+    pattern = r"\s*".join(map(re.escape, "".join(shown.split())))  # with any white space or none
+    pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
+    match = re.fullmatch(rf"\s*{pattern}\s*", plain, re.DOTALL)
+    return match[1] if match else ""
 
 
 class Chat:
@@ -692,6 +691,8 @@ def train(cfg: Config):
         if epoch % cfg.save_every == 0 or epoch == cfg.epochs:
             run.save_model(policy.model, chat.tokenizer)
             run.save_state(engine, epoch)
+    torch.cuda.empty_cache()
+    sampler.llm.wake_up()  # At its exit vLLM 0.32.0 frees memory that sleeps a second time.
     say(f"The trained model is {run.folder / 'model'}")
 
 
@@ -1064,6 +1065,7 @@ def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
     # Otherwise transformers asks the hub to convert .bin weights, and FlashInfer needs nvcc.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
     warnings.simplefilter("ignore", FutureWarning)

@@ -1965,7 +1965,7 @@ def rehearse_gpu():
     """Put the stand-in in vLLM's place, where Sampler finds a GPU, and print its calls."""
     import vllm
 
-    build, save = q.Sampler.__init__, q.Run.save_state
+    build, say = q.Sampler.__init__, q.say
 
     def built(*args):
         torch.set_num_threads(2)
@@ -1973,11 +1973,13 @@ def rehearse_gpu():
             build(*args)
         CALLS.append(f"{torch.get_num_threads()} threads")
 
-    def saved(*args):
-        print("\nCALLS", json.dumps(CALLS))
-        save(*args)
+    def said(text):
+        if text.startswith("The trained model is"):
+            print("\nCALLS", json.dumps(CALLS))
+        say(text)
 
-    vllm.LLM, q.Sampler.__init__, q.Run.save_state = StandIn, built, saved
+    vllm.LLM, q.Sampler.__init__, q.say = StandIn, built, said
+    q.Run.save_state = noted("save", q.Run.save_state)
     q.deepspeed.initialize = noted("training engine", q.deepspeed.initialize)
     q.optimizer_step = noted("step", q.optimizer_step)
     torch.cuda.empty_cache = noted("empty_cache", torch.cuda.empty_cache)
@@ -1994,11 +1996,13 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
     epoch = ["empty_cache", "wake_up ['weights']", "reload_weights", "apply_model"]
     epoch += ["wake_up ['kv_cache']", "reset_prefix_cache", "generate 3"]
     epoch += ["generate 5", "sleep 2", "step", "step"]  # The 5 are held out.
-    for last, saved in ((3, [2, 3]), (4, [1])):  # epochs of a job when it saves; always the last
-        said = train(toy, tmp_path, 1, *options, last, prepare=rehearse_gpu).splitlines()
-        calls = [json.loads(x.removeprefix("CALLS")) for x in said if x.startswith("CALLS")]
-        assert calls == [begin + epoch * epochs for epochs in saved]
-        llm = calls[0][0]
+    last_one = [*epoch, "save", "empty_cache", "wake_up"]  # It is always saved.
+    jobs = {3: begin + epoch + [*epoch, "save"] + last_one, 4: begin + last_one}
+    for epochs, expected in jobs.items():
+        said = train(toy, tmp_path, 1, *options, epochs, prepare=rehearse_gpu).splitlines()
+        (calls,) = (json.loads(x.removeprefix("CALLS")) for x in said if x.startswith("CALLS"))
+        assert calls == expected
+        llm = calls[0]
         expected = {"enable_sleep_mode": True, "enforce_eager": False, "dtype": "float32"}
         expected |= {"hf_overrides": {"head_dtype": "float32"}, "max_num_seqs": 5}
         expected |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None}
@@ -2071,7 +2075,7 @@ for case in json.load(open(sys.argv[1])):
     main(case)
 world = torch.distributed.distributed_c10d._get_default_group()
 print("TIMEOUT", world._get_backend(torch.device("cpu")).options._timeout.total_seconds())
-print("LOADED", "vllm" in sys.modules, os.environ["VLLM_USE_FLASHINFER_SAMPLER"])
+print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "FLASHINFER" in k})
 torch.version.cuda = "13.0"
 main(case)
 torch.cuda.is_available = lambda: True
@@ -2147,8 +2151,9 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     for message, line in zip(messages, lines[::2], strict=False):
         assert message in line
     assert lines[1::2] == ["EXIT 2"] * len(messages)
-    # vLLM is not loaded yet, and the sampler that wants a compiler is switched off when it is.
-    assert "LOADED False 0" in result.stdout and not (tmp_path / "ran").exists()
+    # vLLM is not loaded yet, and what wants a compiler in it is switched off when it is.
+    off = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+    assert f"LOADED False {off}" in result.stdout and not (tmp_path / "ran").exists()
     assert "TIMEOUT 43200.0" in result.stdout  # Rank 0 may be busy with files for hours.
 
 
