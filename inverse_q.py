@@ -51,7 +51,6 @@ import contextlib
 import copy
 import fcntl
 import gzip
-import itertools
 import json
 import logging
 import math
@@ -67,15 +66,13 @@ import warnings
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 import deepspeed
 import huggingface_hub
-import jinja2
 import psutil
 import torch
 import torch.distributed as dist
@@ -94,7 +91,7 @@ PRINCIPLE = (  # the content of the paper's (app. C), in our own words
 )
 
 
-def option(default: object, text: str):
+def option(default, text: str):
     """A field of Config. Where its text for --help cites no source, the default is our choice."""
     source = "" if default in (MISSING, None) or "(" in text else " (our choice)"
     return field(default=default, metadata={"help": text + source})
@@ -230,13 +227,13 @@ class SoftLabelLoss(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------ Data --
-Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+Messages = list[dict[str, str]]  # turns: {"role": "system", "user" or "assistant", "content": text}
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # how a turn begins in HH-RLHF's texts
 ROLES = {"Human": "user", "Assistant": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant")}
 
 
-def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str, str]]:
+def turns_of(conversation: str | Messages, speaker: str):
     """(role, text) of every turn of messages or an HH text. Other text is one turn, by speaker."""
     if isinstance(conversation, list):
         turns = [(message["role"], message["content"]) for message in conversation]
@@ -249,7 +246,7 @@ def turns_of(conversation: str | list[Message], speaker: str) -> list[tuple[str,
     return [(ROLES[role], text.strip()) for role, text in turns]
 
 
-def prompt_of(record: dict) -> list[Message]:
+def prompt_of(record: dict) -> Messages:
     """The prompt in a record, which ends with a user's turn, or [] if it has none: its `prompt` or
     `messages`, or else the first turns, as far as `chosen` and `rejected` share them (sec. 5.1).
     Two plain texts are two replies, and share no prompt."""
@@ -257,12 +254,15 @@ def prompt_of(record: dict) -> list[Message]:
     if conversation is not None:
         turns = turns_of(conversation, "user")
     else:  # By turns, because in one HH pair in five the final replies begin with the same words.
-        sides = [turns_of(record[key], "assistant") for key in ("chosen", "rejected")]
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))
-        turns = [turn for turn, _ in pairs]
+        chosen, rejected = (turns_of(record[key], "assistant") for key in ("chosen", "rejected"))
+        turns = []
+        for turn, other in zip(chosen, rejected, strict=False):
+            if turn != other:
+                break
+            turns.append(turn)
     # Chat templates want the user to speak first and roles to alternate. Many drop or refuse a
     # system turn mid-dialogue, so it becomes part of a user turn.
-    prompt: list[Message] = []
+    prompt = []
     for role, text in turns:
         last = prompt[-1]["role"] if prompt else "system"  # An empty prompt counts as system.
         if role == "system" and last != "system":
@@ -323,22 +323,21 @@ class Chat:
         self.has_system = "<S>" in shown
         self.default_system = default_text(plain, shown) if self.has_system else ""
 
-    def render(self, messages: list[Message]) -> str:
+    def render(self, messages: Messages) -> str:
         """Text of the context up to where the response begins; UserError if the template fails."""
         if messages[0]["role"] == "system" and not self.has_system:
             system, user, *rest = messages
             content = f"{system['content']}\n\n{user['content']}"
             messages = [{"role": "user", "content": content}, *rest]
         options = {"add_generation_prompt": True, "strftime_now": TODAY.strftime}
-        mistakes = jinja2.TemplateError, TypeError, ValueError
-        with as_user_error("the chat template of --model fails", *mistakes):
+        with as_user_error("the chat template of --model fails", Exception):  # It is a program.
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
-    def ids(self, messages: list[Message]) -> list[int]:
+    def ids(self, messages: Messages) -> list[int]:
         """Token ids of render(), whose text has the special tokens written out already."""
         return self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"]
 
-    def with_principle(self, messages: list[Message]) -> list[Message]:
+    def with_principle(self, messages: Messages) -> Messages:
         """The same conversation with the principle: the context of pi_plus."""
         if self.principle is None:
             return messages
@@ -347,7 +346,7 @@ class Chat:
             system, messages = messages[0]["content"], messages[1:]
         return [{"role": "system", "content": f"{system} {self.principle}".lstrip()}, *messages]
 
-    def shorten(self, messages: list[Message], limit: int) -> list[Message]:
+    def shorten(self, messages: Messages, limit: int) -> Messages:
         """The messages without the oldest turns, so that both contexts have at most `limit` tokens.
         A system text stays. UserError if this leaves none, or if the template refuses them."""
         check(messages, "without a prompt")
@@ -366,7 +365,7 @@ class Sample:
     """A prompt in both contexts and one response to it: a line of the samples file."""
 
     index: int  # within the epoch
-    messages: list[Message]
+    messages: Messages
     prompt_ids: list[int]  # x as pi_theta and pi_0 see it
     principle_prompt_ids: list[int]  # x as pi_plus sees it
     response_ids: list[int] = field(default_factory=list)  # y, the same ids after either context
@@ -384,7 +383,7 @@ class Sampler:
         from vllm import LLM  # Here and not above, because it takes seconds.
 
         self.cfg, self.chat = cfg, chat
-        threads = max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1")))
+        threads = max(1, torch.get_num_threads() // int(os.environ["LOCAL_SIZE"]))
         gpu, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_new_tokens
         engines = dist.get_world_size() // cfg.tensor_parallel_size
         per_engine = math.ceil(max(cfg.samples_per_epoch, cfg.eval_samples) / engines)
@@ -408,17 +407,17 @@ class Sampler:
         torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
 
         # vLLM only warns when a reload leaves weights out, which then hold garbage.
-        def refuse(record: logging.LogRecord):
+        def refuse(record):
             raise UserError(f"vLLM did not get all weights of the policy: {record.getMessage()}")
 
         log = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
         log.setLevel(logging.WARNING)
         log.addFilter(refuse)
 
-    def load(self, weights: Iterator[tuple[str, Tensor]]):
+    def load(self, weights):
         """Collective: wake up, and load the policy's weights, (name, whole tensor) of each."""
 
-        def repack(model: nn.Module):  # On a CPU vLLM keeps a packed copy of a tied output layer.
+        def repack(model):  # On a CPU vLLM keeps a packed copy of a tied output layer.
             for layer in model.modules():
                 if type(layer).__name__ == "ParallelLMHead":
                     layer.quant_method.process_weights_after_loading(layer)
@@ -431,18 +430,17 @@ class Sampler:
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # It holds keys and values of the old weights.
 
-    def sample(self, prompts: list[list[Message]], tag: object) -> list[Sample]:
+    def sample(self, prompts: list[Messages], tag) -> list[Sample]:
         """Collective: one response to every prompt (sec. 5), on every rank; engines share the work.
         A sample's seed follows from --seed, tag and its index, not from the number of ranks."""
         from vllm import SamplingParams
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
-        rank, engines = dist.get_rank(), dist.get_world_size() // cfg.tensor_parallel_size
-        engine, tp_rank = divmod(rank, cfg.tensor_parallel_size)
+        rank, ranks, parallel = dist.get_rank(), dist.get_world_size(), cfg.tensor_parallel_size
         limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
-        for i in range(engine, len(prompts), engines):
-            x, shown = prompts[i], chat.with_principle(prompts[i])
-            samples.append(Sample(i, x, chat.ids(x), chat.ids(shown)))
+        for i in range(rank // parallel, len(prompts), ranks // parallel):
+            shown = chat.with_principle(prompts[i])
+            samples.append(Sample(i, prompts[i], chat.ids(prompts[i]), chat.ids(shown)))
             seed = random.Random(f"{cfg.seed}/{tag}/{i}").getrandbits(63)
             params.append(SamplingParams(seed=seed, logprobs=0, detokenize=False, **limits))
         contexts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples]
@@ -454,14 +452,15 @@ class Sampler:
             steps = zip(answer.token_ids, answer.logprobs, strict=True)
             sample.log_probs = [log_probs[token].logprob for token, log_probs in steps]
             sample.finish_reason = answer.finish_reason
-        # All tensor-parallel ranks of an engine have its answers; only the first contributes them.
-        everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, samples if tp_rank == 0 else [])
-        return sorted(itertools.chain(*everyones), key=lambda sample: sample.index)
+        # The tensor-parallel ranks of an engine all bring the same samples.
+        everyones = [None] * ranks
+        dist.all_gather_object(everyones, samples)
+        by_index = {sample.index: sample for part in everyones for sample in part}
+        return [by_index[i] for i in range(len(prompts))]
 
 
 # ------------------------------------------------------------------------------- Superior policy --
-def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+def final_states(body, pairs) -> Tensor:
     """Collective: final hidden states at the positions that predict response tokens, [T, d]. pairs
     holds (context, response) of B sequences; the last token predicts nothing, and is no input.
     Padding is on the right, where a causal model does not look: it needs no mask."""
@@ -470,7 +469,9 @@ def final_states(body: nn.Module, pairs: list[tuple[list[int], list[int]]]) -> T
     inputs = [torch.tensor((x + y)[:-1]) for x, y in pairs]
     ids = nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(body.device)  # [B, S]
     h = body(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, d]
-    rows = [row[len(x) - 1 :][: len(y)] for row, (x, y) in zip(h, pairs, strict=True)]
+    rows = []
+    for (x, y), states in zip(pairs, h, strict=True):
+        rows.append(states[len(x) - 1 :][: len(y)])
     return torch.cat(rows)  # [T, d]
 
 
@@ -480,10 +481,9 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
-    for part in (config, config.get_text_config()):
-        for key, value in vars(part).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(part, key, 0.0)  # The policy that is fitted has to be the one that sampled.
+    for key, value in vars(config.get_text_config()).items():
+        if "drop" in key and isinstance(value, float):  # What is fitted has to be what sampled.
+            setattr(config.get_text_config(), key, 0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
     # zero.Init has rounded the rotary frequencies to bfloat16: at position 1,000, off by radians.
     for module in model.modules():
@@ -505,9 +505,9 @@ def unpatched(llm):
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. For another teacher give train()
-    another such class: it takes samples, possibly none, and returns SoftLabelLoss's labels. These
-    make no collective calls, because ranks have different numbers of chunks."""
+    because each chunk of the loss needs them. Collective to build. Another teacher is another such
+    class: called with samples, possibly none, it returns SoftLabelLoss's labels. These make no
+    collective calls, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config: dict):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
@@ -523,8 +523,9 @@ class SuperiorPolicy:
             self.frozen.append((engine, whole))
 
     @torch.no_grad()
-    def __call__(self, samples: list[Sample]) -> Callable[[slice], Tensor]:
-        """Collective: log pi_hat at the T response tokens, made from hidden states on demand."""
+    def __call__(self, samples: list[Sample]):
+        """Collective: log pi_hat at the T response tokens, as a function from a slice of C of them
+        to [C, V], made from hidden states."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
@@ -533,7 +534,7 @@ class SuperiorPolicy:
         else:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
 
-        def labels(rows: slice) -> Tensor:
+        def labels(rows):
             z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
             return superior_policy(z_0, z_plus, self.cfg.alpha, self.cfg.plausibility)
 
@@ -554,7 +555,7 @@ class Policy(nn.Module):
         # the output layer's weight, so it has to be that layer's forward.
         head.forward = lambda h, *rest: SoftLabelLoss.apply(h, head.weight, head.bias, *rest)
 
-    def forward(self, samples: list[Sample], labels: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, samples: list[Sample], labels):
         """Collective: sums over response tokens of H(pi_hat, pi_theta), of H(pi_hat), and of the
         gap |log pi_theta(a_t|s_t) - the sampler's log-probability|."""
         pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
@@ -565,41 +566,37 @@ class Policy(nn.Module):
         return cross_entropy, entropy, (log_pi_theta - log_probs).abs().sum()
 
 
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: nn.Module):
     """Collective: (name, tensor) of every weight; a tensor is whole until the next is asked for."""
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.data
 
 
-def deal(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
+def deal(lengths: list[int], ranks: int, budget: int):
     """Micro-batches of an optimizer step: [micro-step][rank] -> indices into lengths. Sequences of
     similar length share one, up to `budget` tokens with padding; a longer sequence is alone. Under
     ZeRO-3 a forward is a collective, so every rank gets equally many, of which some are empty."""
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # longest first
 
-    def split(limit: int) -> list[list[int]]:
-        batches = [[]]
-        for i in longest_first:
-            if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
-                batches.append([])
-            batches[-1].append(i)
+    def split(limit):
+        batches, start = [], 0
+        while start < len(order):
+            size = max(1, limit // lengths[order[start]])
+            batches.append(order[start : start + size])
+            start += size
         return batches + [[]] * (-len(batches) % ranks)
 
-    # The smallest limit that still makes n batches spreads the work most evenly over the ranks.
-    n = len(split(budget))
-    limit = min(sum(lengths) // n, budget)
-    while len(split(limit)) > n:
-        limit += 1
-    batches = split(limit)
-    return [batches[i : i + ranks] for i in range(0, n, ranks)]
+    # The smallest limit with the fewest batches spreads the work most evenly over the ranks.
+    batches = split(min(range(1, budget + 1), key=lambda limit: len(split(limit))))
+    return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
 
 
 # -------------------------------------------------------------------------------------- Training --
 MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # sampler_gap in a first step, which is rounding alone
 
 
-def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict[str, float]:
+def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict:
     """Collective: compare pi_theta with pi_hat on samples, which are the same on all ranks and are
     divided among them here. With `fit`, leave the gradient of L in the engine. Returns the loss
     H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the response tokens of
@@ -700,7 +697,7 @@ def train(cfg: Config):
 
 
 # ----------------------------------------------------------------------------------------- Input --
-def data_files(data: str, split: str) -> Iterator[Path]:
+def data_files(data: str, split: str):
     """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):
         if Path(name).is_file():
@@ -715,7 +712,7 @@ def data_files(data: str, split: str) -> Iterator[Path]:
         yield from files
 
 
-def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
+def read_records(data: str, split: str):
     """(place, record) for the lines of .jsonl files and the items of the lists in .json files."""
     for path in data_files(data, split):
         place, is_list = str(path), path.name.removesuffix(".gz").endswith(".json")
@@ -731,11 +728,11 @@ def read_records(data: str, split: str) -> Iterator[tuple[str, object]]:
             raise UserError(f"{place}: cannot be read as JSON in UTF-8: {error}") from error
 
 
-def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed: int) -> tuple:
-    """`count` distinct prompts of data, of at most `limit` tokens and in random order, or all that
-    there are; and how many of the records that were looked at were left out, by reason."""
+def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
+    """`count` distinct prompts of data that fit, in random order, or all that there are; and how
+    many of the records that were looked at were left out, by reason."""
     records, prompts, left_out = list(read_records(data, split)), {}, Counter()
-    random.Random(seed).shuffle(records)
+    random.Random(cfg.seed).shuffle(records)
     for place, record in tqdm(records, f"Prompts of {data}", count, leave=False):
         if len(prompts) == count:
             break
@@ -743,7 +740,7 @@ def load_prompts(data: str, split: str, chat: Chat, limit: int, count: int, seed
         with as_user_error(needs, KeyError, TypeError, AttributeError, ValueError):
             prompt = prompt_of(record)
         try:
-            prompt = chat.shorten(prompt, limit)
+            prompt = chat.shorten(prompt, cfg.max_prompt_tokens)
         except UserError as error:
             left_out[str(error)] += 1
             continue
@@ -759,7 +756,7 @@ class Run:
     so no kill leaves half of one. Collective to open: a run is resumed after the epoch that
     state/done.json names, from DeepSpeed's checkpoint of it."""
 
-    def __init__(self, cfg: Config, prompts: list[list[Message]]):
+    def __init__(self, cfg: Config, prompts: list[Messages]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
         first = json.dumps(prompts[: cfg.samples_per_epoch])  # More epochs load more prompts.
         more = {"ranks": dist.get_world_size(), "data_crc32": zlib.crc32(first.encode())}
@@ -772,8 +769,9 @@ class Run:
         self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
         with as_user_error(f"{place}: another job is running in it", BlockingIOError):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        config, done = self.folder / "config.json", self.state / "done.json"
-        saved = json.loads(config.read_text()) if done.exists() else settings
+        done = self.state / "done.json"
+        epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
+        saved = json.loads((self.folder / "config.json").read_text()) if epoch else settings
         # These may change when a run is resumed, because the method stays the same.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
@@ -781,9 +779,9 @@ class Run:
         changed = "; ".join(f"{k} {saved.get(k)!r} there, {settings[k]!r} here" for k in keys)
         check(not keys, f"{place} holds another run, use its settings or another folder: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
-        epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole lines
+        metrics.touch()
+        *lines, _ = metrics.read_text().split("\n")  # Only a kill leaves a last one that is no "".
         kept = [f"{line}\n" for line in lines if json.loads(line)["epoch"] <= epoch]
         self.write("metrics.jsonl", "".join(kept))  # What came after that epoch is redone.
         self.prune(epoch)
@@ -800,7 +798,7 @@ class Run:
         new.write_text(text)
         new.replace(self.folder / name)
 
-    def log(self, kind: str, epoch: int, step: int, record: dict[str, float]):
+    def log(self, kind: str, epoch: int, step: int, record: dict):
         """On rank 0: a line of metrics.jsonl, and an event for DeepSpeed's monitors, if any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **record}) + "\n")
@@ -853,7 +851,7 @@ class Run:
         self.prune(epoch)  # On every rank, because machines may have folders of their own.
 
 
-def epoch_record(samples: list[Sample], steps: list[dict]) -> dict[str, float]:
+def epoch_record(samples: list[Sample], steps: list[dict]) -> dict:
     """The record of an epoch, from its samples and the records of its steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
@@ -871,7 +869,7 @@ def say(text: str):
         print(text, flush=True)
 
 
-def on_rank_0(function: Callable, *args: object) -> object:
+def on_rank_0(function, *args):
     """Collective: function(*args) of rank 0. What a user can fix is raised on every rank."""
     outcome = [None, None]  # result, error
     if dist.get_rank() == 0:
@@ -891,16 +889,16 @@ def join_ranks():
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(alone | os.environ)
-    usable = torch.version.cuda is None or torch.cuda.is_available()
-    check(usable, "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
-    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
-    check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
+    if torch.version.cuda:  # else it is PyTorch's CPU build
+        gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
+        less = "look at nvidia-smi, or lower --num_gpus"
+        check(ranks <= gpus, f"{ranks} ranks but {gpus} usable GPUs: {less}")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timedelta(hours=12))  # Others wait while rank 0 reads.
     sys.excepthook = end_at_once  # PyTorch has replaced it.
 
 
-def end_at_once(kind: type, error: BaseException, *trace: object):
+def end_at_once(kind, error, *trace):
     """Show an error and end this rank. An orderly exit could wait for ranks that wait for it."""
     if kind is UserError:
         # As a rule all ranks raise it, local rank 0 shows it, and the launcher ends the others. A
@@ -933,14 +931,14 @@ class UserError(Exception):
     """Something that the user can fix: one line that says what to change, and exit code 2."""
 
 
-def check(ok: object, message: str):
+def check(ok, message: str):
     """Raise UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
 
 
 @contextlib.contextmanager
-def as_user_error(message: str, *errors: type[Exception]) -> Iterator[None]:
+def as_user_error(message: str, *errors):
     """Turn errors of these types, which a mistake of the user causes, into a UserError."""
     try:
         yield
@@ -950,12 +948,12 @@ def as_user_error(message: str, *errors: type[Exception]) -> Iterator[None]:
 
 def check_options(cfg: Config):
     """Refuse values that make no sense; nan lies in no range."""
-    ranges = {number.name: (1, math.inf) for number in fields(cfg) if number.type is int}
-    ranges |= {"seed": (0, 2**32 - 1), "alpha": (0, 99), "temperature": (0, 99)}
-    ranges |= dict.fromkeys(("plausibility", "learning_rate", "gpu_memory_utilization"), (0, 1))
-    for name, (low, high) in ranges.items():
-        value = getattr(cfg, name)
-        check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
+    highest = {"alpha": 99, "temperature": 99, "seed": 2**32 - 1}
+    highest |= {"plausibility": 1, "learning_rate": 1, "gpu_memory_utilization": 1}
+    for name, value in asdict(cfg).items():
+        if type(value) in (int, float):
+            low, high = (0, highest[name]) if name in highest else (1, math.inf)  # a count
+            check(low <= value <= high, f"--{name} {value}: has to be from {low} to {high}")
     check(cfg.principle is None or cfg.principle.strip(), "--principle is empty")
 
 
@@ -978,7 +976,7 @@ def deepspeed_config(cfg: Config) -> dict:
     return config | owned
 
 
-def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool) -> list[float]:
+def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool):
     """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs.
     config and the number of weights are the policy's; frozen models are taken to be as large."""
     size, frozen = getattr(torch, cfg.dtype).itemsize, len({cfg.negative_model, cfg.positive_model})
@@ -1038,27 +1036,28 @@ def load_tokenizer(cfg: Config):
     return own
 
 
-def prepare(cfg: Config) -> tuple[dict, Chat, list[list[Message]], list[list[Message]]]:
-    """Collective: what a run needs. What a user can fix is found here, before a model loads."""
+def prepare(cfg: Config):
+    """Collective: DeepSpeed's configuration, the chat format, prompts and held-out prompts. What a
+    user can fix is found here, before a model loads."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")
     ds_config, chat = deepspeed_config(cfg), Chat(load_tokenizer(cfg), cfg.principle)
     check_memory(cfg, ds_config)
-    limit, count = cfg.max_prompt_tokens, cfg.epochs * cfg.samples_per_epoch
-    prompts, left_out = on_rank_0(load_prompts, cfg.data, "train", chat, limit, count, cfg.seed)
+    count = cfg.epochs * cfg.samples_per_epoch
+    prompts, left_out = on_rank_0(load_prompts, cfg, chat, cfg.data, "train", count)
     say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
-    for name, context in ("pi_0", prompts[0]), ("pi_plus", chat.with_principle(prompts[0])):
-        say(f"  {name:9}  reads {chat.render(context)!r}")
+    say(f"  pi_0       reads {chat.render(prompts[0])!r}")
+    say(f"  pi_plus    reads {chat.render(chat.with_principle(prompts[0]))!r}")
     held_out, count = [], cfg.eval_samples
     if cfg.eval_data:
-        held_out, _ = on_rank_0(load_prompts, cfg.eval_data, "test", chat, limit, count, cfg.seed)
+        held_out, _ = on_rank_0(load_prompts, cfg, chat, cfg.eval_data, "test", count)
     say("If this job stops, the same command resumes it after the last save.")
     return ds_config, chat, prompts, held_out
 
 
 # ------------------------------------------------------------------------------------------ Main --
-def main(run: Callable = train, options: tuple[type, ...] = (Config,)):
+def main(run=train, options=(Config,)):
     """Parse the command line and run. A UserError is one line, and exit code 2."""
     sys.excepthook = end_at_once
     stop_at_once()
