@@ -524,8 +524,7 @@ class SuperiorPolicy:
 
     @torch.no_grad()
     def __call__(self, samples: list[Sample]):
-        """Collective: log pi_hat at the T response tokens, as a function from a slice of C of them
-        to [C, V], made from hidden states."""
+        """Collective: log pi_hat at the T response tokens, as a function of a slice of these."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
@@ -587,9 +586,11 @@ def deal(lengths: list[int], ranks: int, budget: int):
             start += size
         return batches + [[]] * (-len(batches) % ranks)
 
-    # The smallest limit with the fewest batches spreads the work most evenly over the ranks.
-    batches = split(min(range(1, budget + 1), key=lambda limit: len(split(limit))))
-    return [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
+    # The smallest limit that still makes n batches spreads the work most evenly over the ranks.
+    n = len(split(budget))
+    limits = range(min(sum(lengths) // n, budget), budget + 1)
+    batches = next(batches for batches in map(split, limits) if len(batches) == n)
+    return [batches[i : i + ranks] for i in range(0, n, ranks)]
 
 
 # -------------------------------------------------------------------------------------- Training --
@@ -1037,8 +1038,7 @@ def load_tokenizer(cfg: Config):
 
 
 def prepare(cfg: Config):
-    """Collective: DeepSpeed's configuration, the chat format, prompts and held-out prompts. What a
-    user can fix is found here, before a model loads."""
+    """Collective: what a run needs. What a user can fix is found here, before a model loads."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")
