@@ -505,8 +505,8 @@ def unpatched(llm):
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. Another teacher is another such
-    class: called with samples, possibly none, it returns SoftLabelLoss's labels. These make no
+    because each chunk of the loss needs them. Collective to build. Another teacher takes its place
+    in train(): called with samples, possibly none, it returns SoftLabelLoss's labels. These make no
     collective calls, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config: dict):
@@ -890,10 +890,10 @@ def join_ranks():
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(alone | os.environ)
-    if torch.version.cuda:  # else it is PyTorch's CPU build
-        gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
-        less = "look at nvidia-smi, or lower --num_gpus"
-        check(ranks <= gpus, f"{ranks} ranks but {gpus} usable GPUs: {less}")
+    usable = torch.version.cuda is None or torch.cuda.is_available()
+    check(usable, "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
+    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
+    check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timedelta(hours=12))  # Others wait while rank 0 reads.
     sys.excepthook = end_at_once  # PyTorch has replaced it.

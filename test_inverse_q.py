@@ -2077,8 +2077,10 @@ for case in json.load(open(sys.argv[1])):
 world = torch.distributed.distributed_c10d._get_default_group()
 print("TIMEOUT", world._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "FLASHINFER" in k})
-torch.version.cuda = "13.0"
+# An old driver: NVML counts the GPUs, and CUDA cannot use them.
+torch.version.cuda, torch.cuda.device_count = "13.0", lambda: 8
 main(case)
+torch.cuda.is_available = lambda: True
 torch.cuda.device_count, os.environ["LOCAL_SIZE"] = lambda: 1, "2"
 main(case)
 """
@@ -2146,8 +2148,8 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     assert "SECRET" not in result.stderr + result.stdout
     lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]
     messages = [message for _, message in cases]
-    messages.append("1 ranks but 0 usable GPUs: look at nvidia-smi, or lower --num_gpus")
-    messages.append("2 ranks but 1 usable GPUs: look at nvidia-smi, or lower --num_gpus")
+    messages.append("PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
+    messages.append("2 ranks but 1 GPUs: lower --num_gpus")
     for message, line in zip(messages, lines[::2], strict=False):
         assert message in line
     assert lines[1::2] == ["EXIT 2"] * len(messages)
