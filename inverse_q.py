@@ -3,7 +3,7 @@
 
 The method of "Inverse-Q*: Token Level Reinforcement Learning for Aligning Large Language Models
 Without Preference Data" (Xia et al., Findings of EMNLP 2024, arXiv 2408.14874). Our copy of the
-paper lacks its formulas; those below are reconstructed from its text, with its numbers.
+paper lacks its formulas; those below are reconstructed from its text, under its numbers.
 
 THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t its next token.
   pi_theta  the policy that is trained
@@ -29,10 +29,10 @@ WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. b
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
 mean of KL(pi_hat || pi_theta) over the tokens of the samples. A state is worth the reward of its
 prefix, because the probabilities of its continuations sum to 1; so no critic is learnt. Lemma 4.1,
-by which mixing pi_hat into pi_theta never lowers J, is about distributions over whole responses.
+by which mixing pi_hat into pi_theta never lowers J, is about whole responses, not about tokens.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
-  Sampling   Temperature 1 and top_p 1, because the loss is an expectation under the policy (as it
+  Sampling   Temperature 1 and no top_p, because the loss is an expectation under the policy (as it
              was when the epoch began); fresh prompts while the data last, one response to each.
   Batch      16 samples per optimizer step, the paper's 2 per GPU on 8 GPUs; an epoch's last step
              takes what remains. N counts over all micro-batches and ranks of the step.
@@ -104,7 +104,7 @@ class Config:
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder.")
     principle: str | None = option(None, "Text that pi_plus is shown; has a default (sec. 4.2).")
-    positive_model: str | None = option(None, "pi_plus, by default without a principle (sec. 5.3).")
+    positive_model: str | None = option(None, "pi_plus; then no principle by default (sec. 5.3).")
     negative_model: str | None = option(None, "pi_0, if not --model; pi_plus's default (sec. 5.3).")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
     plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best.")
@@ -145,7 +145,7 @@ def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: flo
     z_0 and z_plus are finite logits or log-probabilities of pi_0 and pi_plus, [..., V], in float32
     or wider, because alpha multiplies their difference. With plausibility p > 0, tokens v that have
     pi_plus(v) < p max_u pi_plus(u) get probability 0, as in contrastive decoding (Li et al. 2023),
-    because alpha above 1 also lifts what both models find absurd."""
+    because alpha above 1 also raises tokens that both models find absurd."""
     z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
         threshold = z_plus.amax(-1, keepdim=True) + math.log(plausibility)
@@ -200,7 +200,7 @@ class SoftLabelLoss(torch.autograd.Function):
             if not fit:
                 continue
 
-            # In place: the next three are one tensor, a large one. backward()'s scale brings 1/N.
+            # In place, because [C, V] is large. The factor 1/N comes with backward()'s scale.
             pi_theta = log_pi_theta.exp_()
             grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
             del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -292,10 +292,10 @@ VICUNA_TEMPLATE = (
 )
 
 
-def default_text(plain: str, shown: str) -> str:
-    """What stands in `plain` in place of the "<S>" in `shown`, if the rest is equal but for white
+def default_text(plain: str, probe: str) -> str:
+    """What stands in `plain` in place of the "<S>" in `probe`, if the rest is equal but for white
     space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
-    pattern = r"\s*".join(map(re.escape, "".join(shown.split())))  # with any white space or none
+    pattern = r"\s*".join(map(re.escape, "".join(probe.split())))  # with any white space or none
     pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
     match = re.fullmatch(rf"\s*{pattern}\s*", plain, re.DOTALL)
     return match[1] if match else ""
@@ -313,15 +313,15 @@ class Chat:
             say("There is no chat template: the format of prompts is Vicuna's")
             tokenizer.chat_template = VICUNA_TEMPLATE
         # What the template does with a system message shows in what it renders.
-        self.has_system = True
+        self.has_system = True  # until that shows otherwise
         question = {"role": "user", "content": "<Q>"}
         plain = self.render([question])
         check("<Q>" in plain, "the chat template of --model does not show the text of a user turn")
-        shown = ""
+        probe = ""
         with contextlib.suppress(UserError):
-            shown = self.render([{"role": "system", "content": "<S>"}, question])
-        self.has_system = "<S>" in shown
-        self.default_system = default_text(plain, shown) if self.has_system else ""
+            probe = self.render([{"role": "system", "content": "<S>"}, question])
+        self.has_system = "<S>" in probe
+        self.default_system = default_text(plain, probe) if self.has_system else ""
 
     def render(self, messages: Messages) -> str:
         """Text of the context up to where the response begins; UserError if the template fails."""
@@ -375,12 +375,12 @@ class Sample:
 
 
 class Sampler:
-    """The policy as a vLLM engine in this process; one engine serves tensor_parallel_size ranks.
+    """The policy in vLLM. An engine spans tensor_parallel_size ranks, and this is a rank's part.
     On a GPU it sleeps, with its memory released, except while it samples. Collective to build,
     before the training engines, because its share of the GPU's memory has to be free then."""
 
     def __init__(self, cfg: Config, chat: Chat):
-        from vllm import LLM  # Here and not above, because it takes seconds.
+        from vllm import LLM  # Imported here, because it takes seconds.
 
         self.cfg, self.chat = cfg, chat
         threads = max(1, torch.get_num_threads() // int(os.environ["LOCAL_SIZE"]))
@@ -393,7 +393,7 @@ class Sampler:
             max_model_len=length,
             max_num_seqs=min(per_engine, 512),
             max_num_batched_tokens=max(8192, length),
-            hf_overrides={"head_dtype": "float32"} if gpu else None,  # as training's logits
+            hf_overrides={"head_dtype": "float32"} if gpu else None,  # like training's logits
             enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
             tensor_parallel_size=cfg.tensor_parallel_size,
             distributed_executor_backend="external_launcher",  # This process is the worker.
@@ -477,15 +477,15 @@ def final_states(body, pairs) -> Tensor:
 
 def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # HfDeepSpeedConfig would need accelerate. transformers refers to zero3 weakly: keep the name.
+    # HfDeepSpeedConfig would need accelerate. transformers holds zero3 weakly: the name keeps it.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
     for key, value in vars(config.get_text_config()).items():
-        if "drop" in key and isinstance(value, float):  # What is fitted has to be what sampled.
+        if "drop" in key and isinstance(value, float):  # Fit the policy that sampled.
             setattr(config.get_text_config(), key, 0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
-    # zero.Init has rounded the rotary frequencies to bfloat16: at position 1,000, off by radians.
+    # Anew, because zero.Init has rounded the rotary frequencies: by radians at position 1,000.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -493,8 +493,8 @@ def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
 
 
 def unpatched(llm):
-    """A context in which transformers' models are as vLLM found them: where vLLM 0.32.0 has no code
-    of its own for a model, it patches transformers' class. Compilation mode 0 switches that off."""
+    """A context in which transformers' models are free of vLLM's patches: vLLM 0.32.0 patches
+    their class where it has no code of its own. Compilation mode 0 switches that off."""
     from vllm.config import set_current_vllm_config
 
     config = copy.deepcopy(llm.llm_engine.vllm_config)
@@ -506,8 +506,8 @@ class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
     because each chunk of the loss needs them. Collective to build. Another teacher takes its place
-    in train(): called with samples, possibly none, it returns SoftLabelLoss's labels. These make no
-    collective calls, because ranks have different numbers of chunks."""
+    in train(): called with samples, possibly none, it returns SoftLabelLoss's labels. They may make
+    no collective calls, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config: dict):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
@@ -529,7 +529,7 @@ class SuperiorPolicy:
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
         if body_0 is body_plus:  # Both contexts in one forward gather the weights once.
-            h_0, h_plus = final_states(body_0, plain + shown).chunk(2)
+            h_0, h_plus = final_states(body_0, plain + shown).chunk(2)  # T rows each
         else:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
 
@@ -594,7 +594,7 @@ def deal(lengths: list[int], ranks: int, budget: int):
 
 
 # -------------------------------------------------------------------------------------- Training --
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # sampler_gap in a first step, which is rounding alone
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # of sampler_gap in an epoch's first step: rounding
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict:
@@ -639,7 +639,7 @@ def train(cfg: Config):
     ds_config, chat, prompts, held_out = prepare(cfg)
     run = Run(cfg, prompts)
     if run.epoch >= cfg.epochs:
-        dist.destroy_process_group()  # Else a thread of PyTorch's may abort the exit; vLLM does it.
+        dist.destroy_process_group()  # Else PyTorch may abort the exit. With vLLM, vLLM does it.
         return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
     sampler = Sampler(cfg, chat)
     with unpatched(sampler.llm):
@@ -663,7 +663,7 @@ def train(cfg: Config):
         unseen = sampler.sample(held_out, tag="held out")
         sampler.llm.sleep(level=2)
         run.save_samples(f"epoch-{epoch:03d}", samples)
-        if unseen:  # The policy before it is fitted in this epoch.
+        if unseen:  # eval_kl is that of the policy before this epoch's fit.
             run.save_samples(f"held-out-{epoch - 1:03d}", unseen)
             result = compare(engine, superior, unseen, cfg.micro_batch_tokens, fit=False)
             measured["eval_kl"] = result["kl"]
@@ -690,7 +690,7 @@ def train(cfg: Config):
             run.save_model(policy.model, chat.tokenizer)
             run.save_state(engine, epoch)
     torch.cuda.empty_cache()
-    sampler.llm.wake_up()  # At its exit vLLM 0.32.0 frees memory that sleeps a second time.
+    sampler.llm.wake_up()  # At its exit vLLM 0.32.0 would free sleeping memory twice.
     say(f"The trained model is {run.folder / 'model'}")
 
 
@@ -782,14 +782,14 @@ class Run:
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
         metrics = self.folder / "metrics.jsonl"
         metrics.touch()
-        *lines, _ = metrics.read_text().split("\n")  # Only a kill leaves a last one that is no "".
+        *lines, _ = metrics.read_text().split("\n")  # The last is "", unless a kill cut it.
         kept = [f"{line}\n" for line in lines if json.loads(line)["epoch"] <= epoch]
         self.write("metrics.jsonl", "".join(kept))  # What came after that epoch is redone.
         self.prune(epoch)
         return epoch
 
     def prune(self, epoch: int):
-        """Delete every state but that of an epoch, and so what a kill left of others."""
+        """Delete every state but that of an epoch, including what a kill left."""
         for path in set(self.state.glob("epoch-*")) - {self.state / f"epoch-{epoch:03d}"}:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -903,9 +903,9 @@ def end_at_once(kind, error, *trace):
     """Show an error and end this rank. An orderly exit could wait for ranks that wait for it."""
     if kind is UserError:
         # As a rule all ranks raise it, local rank 0 shows it, and the launcher ends the others. A
-        # rank that lives on after a while is the only one with the error, and shows it.
+        # rank that is alive after that is the only one with the error, and shows it.
         time.sleep(5 if os.environ.get("LOCAL_RANK", "0") != "0" else 0)
-        print(f"{Path(sys.argv[0]).name}:", *str(error).split(), flush=True)
+        print(f"{Path(sys.argv[0]).name}:", " ".join(str(error).split()), flush=True)
         os._exit(2)
     time.sleep(2)  # If another rank failed first, the launcher ends this one before it prints.
     sys.__excepthook__(kind, error, *trace)
@@ -959,7 +959,7 @@ def check_options(cfg: Config):
 
 
 def deepspeed_config(cfg: Config) -> dict:
-    """--ds_config, with what is decided here filled in; a file that sets that itself is refused."""
+    """--ds_config, with what is decided here filled in; a file that sets any of it is refused."""
     owned = {  # The batch sizes are nominal: deal() and optimizer_step() make the real ones.
         "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
         "train_micro_batch_size_per_gpu": 1,
@@ -1001,7 +1001,7 @@ def check_memory(cfg: Config, ds_config: dict):
         weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
     needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
-    text = "{:.1f} GB to train, and in turn {:.1f} to fit and {:.1f} to sample".format(*needs)
+    text = "{:.1f} GB always, and {:.1f} more to fit or {:.1f} to sample".format(*needs)
     say(f"Inverse-Q* in {cfg.dtype} on {ranks} rank(s), each of which needs about {text}")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -1068,12 +1068,12 @@ def main(run=train, options=(Config,)):
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
     warnings.simplefilter("ignore", FutureWarning)
-    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # Never ask to run a model's code.
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # Never offer to run a model's code.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--local_rank", help=SUPPRESS)  # DeepSpeed's launcher adds it.
-    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))
+    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # local_rank
 
 
 if __name__ == "__main__":

@@ -1236,7 +1236,7 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
 
     for share in (0.21, 0.5, 0.69):
         run(10.0, share)
-    assert "each of which needs about 3.0 GB to train" in capsys.readouterr().out
+    assert "each of which needs about 3.0 GB always, and" in capsys.readouterr().out
     for share in (0.7, 0.2):  # too little for training, too little for vLLM
         fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.21 to 0\.69"
         with pytest.raises(q.UserError, match=fits):
