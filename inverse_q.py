@@ -246,7 +246,7 @@ def turns_of(conversation: str | Messages, speaker: str):
     return [(ROLES[role], text.strip()) for role, text in turns]
 
 
-def prompt_of(record: dict) -> Messages:
+def prompt_of(record) -> Messages:
     """The prompt in a record, which ends with a user's turn, or [] if it has none: its `prompt` or
     `messages`, or else the first turns, as far as `chosen` and `rejected` share them (sec. 5.1).
     Two plain texts are two replies, and share no prompt."""
@@ -475,7 +475,7 @@ def final_states(body, pairs) -> Tensor:
     return torch.cat(rows)  # [T, d]
 
 
-def load_model(name: str, cfg: Config, ds_config: dict) -> nn.Module:
+def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
     # HfDeepSpeedConfig would need accelerate. transformers holds zero3 weakly: the name keeps it.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
@@ -509,7 +509,7 @@ class SuperiorPolicy:
     in train(): called with samples, possibly none, it returns SoftLabelLoss's labels. They may make
     no collective calls, because ranks have different numbers of chunks."""
 
-    def __init__(self, cfg: Config, ds_config: dict):
+    def __init__(self, cfg: Config, ds_config):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
         frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
         self.cfg, self.frozen = cfg, []  # (body, head) of pi_0, and of pi_plus if it is another
@@ -597,7 +597,7 @@ def deal(lengths: list[int], ranks: int, budget: int):
 MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # of sampler_gap in an epoch's first step: rounding
 
 
-def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> dict:
+def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
     """Collective: compare pi_theta with pi_hat on samples, which are the same on all ranks and are
     divided among them here. With `fit`, leave the gradient of L in the engine. Returns the loss
     H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the response tokens of
@@ -620,7 +620,7 @@ def compare(engine, superior, samples: list[Sample], budget: int, fit: bool) -> 
     return record | {"samples": len(samples), "tokens": tokens}
 
 
-def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf) -> dict:
+def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf):
     """Collective: fit one batch, and return its record. If a number is not finite, or sampler_gap
     exceeds max_gap, raise a UserError and leave the weights as they were."""
     record = compare(engine, superior, batch, budget, fit=True)
@@ -763,7 +763,7 @@ class Run:
         more = {"ranks": dist.get_world_size(), "data_crc32": zlib.crc32(first.encode())}
         self.epoch = on_rank_0(self.open, asdict(cfg) | more)
 
-    def open(self, settings: dict) -> int:
+    def open(self, settings) -> int:
         """On rank 0: lock the folder, refuse another run's, return the last saved epoch or 0."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         place = f"--output_dir {self.folder}"
@@ -799,7 +799,7 @@ class Run:
         new.write_text(text)
         new.replace(self.folder / name)
 
-    def log(self, kind: str, epoch: int, step: int, record: dict):
+    def log(self, kind: str, epoch: int, step: int, record):
         """On rank 0: a line of metrics.jsonl, and an event for DeepSpeed's monitors, if any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **record}) + "\n")
@@ -852,7 +852,7 @@ class Run:
         self.prune(epoch)  # On every rank, because machines may have folders of their own.
 
 
-def epoch_record(samples: list[Sample], steps: list[dict]) -> dict:
+def epoch_record(samples: list[Sample], steps):
     """The record of an epoch, from its samples and the records of its steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
@@ -958,7 +958,7 @@ def check_options(cfg: Config):
     check(cfg.principle is None or cfg.principle.strip(), "--principle is empty")
 
 
-def deepspeed_config(cfg: Config) -> dict:
+def deepspeed_config(cfg: Config):
     """--ds_config, with what is decided here filled in; a file that sets any of it is refused."""
     owned = {  # The batch sizes are nominal: deal() and optimizer_step() make the real ones.
         "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
@@ -994,7 +994,7 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool):
     return [keeps / 1e9, fitting / 1e9, sampling / 1e9]
 
 
-def check_memory(cfg: Config, ds_config: dict):
+def check_memory(cfg: Config, ds_config):
     """Say what each GPU has to hold, and refuse what cannot fit."""
     config = transformers.AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
