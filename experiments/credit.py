@@ -162,6 +162,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Token cred
 body { font: 1rem/1.9 system-ui, sans-serif; max-width: 48rem; margin: auto; padding: 1rem; }
 p { white-space: pre-wrap; overflow-wrap: anywhere; } .x, small { opacity: .75; }
 span { border-radius: 3px; } span:hover, span:focus { outline: 2px solid; }
+span:empty::before { content: "·"; }
 span[data-tip]:hover::after, span[data-tip]:focus::after { content: attr(data-tip); z-index: 1;
   position: absolute; left: 1rem; right: 1rem; max-width: 46rem; margin: 2em auto; padding: .6em;
   white-space: pre-wrap; font: .85rem/1.5 ui-monospace, monospace; background: Canvas;
@@ -175,8 +176,17 @@ ARTICLES</html>
 """
 
 
+def added_text(tokenizer, ids, before):
+    """What the last of the tokens adds to the texts of those before it. Decoded by itself, it could
+    lack its space, as in Llama's tokenizer, or be a part of a character."""
+    return tokenizer.decode(ids).rstrip("\ufffd")[len("".join(before)) :]
+
+
 def credit_record(policies, sample, tokenizer):
     """A line of credit.jsonl: a response, token by token. policies: [3, T, V]."""
+    texts = []
+    for n in range(1, len(sample.response_ids) + 1):
+        texts.append(added_text(tokenizer, sample.response_ids[:n], texts))
     tokens = torch.tensor(sample.response_ids, device=policies.device)
     log_pi_0, log_pi_plus, log_pi_hat = policies
     credit = token_credit(log_pi_hat, log_pi_0, tokens).double()
@@ -187,7 +197,7 @@ def credit_record(policies, sample, tokenizer):
     return {
         "index": sample.index,
         "response_ids": sample.response_ids,
-        "tokens": [tokenizer.decode([i]) for i in sample.response_ids],
+        "tokens": texts,
         "log_pi_0": of_tokens(log_pi_0),
         "log_pi_plus": of_tokens(log_pi_plus),
         "log_pi_hat": of_tokens(log_pi_hat),
@@ -202,11 +212,12 @@ def token_notes(record, log_pi_hat, tokenizer):
     totals = itertools.accumulate(record["credit"])
     notes = []
     for t, total in enumerate(totals):
+        before, texts = record["response_ids"][:t], record["tokens"][:t]
         pi_0, pi_plus, pi_hat = (
             math.exp(record[name][t]) for name in ("log_pi_0", "log_pi_plus", "log_pi_hat")
         )
         preferred = [
-            f"{tokenizer.decode([i])!r} {p:.3f}"
+            f"{added_text(tokenizer, [*before, i], texts)!r} {p:.3f}"
             for p, i in zip(probabilities[t], favourites[t], strict=True)
         ]
         notes.append(

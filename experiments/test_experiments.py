@@ -720,6 +720,26 @@ def test_the_credit_page_is_inert(credited):
     assert "\x1b[2J" not in printed and "\\x1b[2J" in printed
 
 
+@torch.no_grad()
+def test_the_texts_of_tokens_make_up_the_response():
+    """With Llama's kind of tokenizer, whose decoder strips the first space and has bytes."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", "▁Ask", "▁me", "!", *(f"<0x{byte:02X}>" for byte in "é🙂".encode())]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    space, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer = t.transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = [1, 2, 4, 5, 6, 7, 8, 9, 3, 4]  # cut within a character
+    policies = t.some_logits(3 * len(ids), len(words)).view(3, len(ids), -1).log_softmax(-1)
+    policies[2, 1, 2] = policies[2, 7, 9] = 0.0
+    sample = q.Sample(0, [], [], [], ids)
+    record = credit.credit_record(policies, sample, tokenizer)
+    assert record["tokens"] == ["Ask", " me", "", "é", "", "", "", "🙂", "!", ""]
+    notes = credit.token_notes(record, policies[2], tokenizer)
+    assert "prefers ' me' 1.000" in notes[1] and "prefers '🙂' 1.000" in notes[7]
+
+
 def test_token_credit_of_a_batch():
     log_pi_hat, log_pi_0 = (t.some_logits(6, 11, seed).view(2, 3, 11) for seed in (1, 2))
     tokens = torch.tensor([[1, 2, 3], [10, 0, 5]])
