@@ -8,8 +8,8 @@ The first shows which tokens of a response pi_hat rewards (the case study of sec
 with a color for every token. The second shows what pi_hat would be like for alpha from 1 to 2, by
 which to choose alpha before training.
 
-Records of --data that have a "response" are taken with it, by its "response_ids" if they have
-them, as the lines of a run's samples files do. --model responds to the prompts of the others.
+Records of --data that have a "response", not an empty one, or "response_ids" are taken with it,
+as are the lines of a run's samples files. --model responds to the prompts of the others.
 """
 
 import collections
@@ -50,23 +50,32 @@ def read_pairs(cfg, chat):
             yield prompt, record
 
 
+def given_ids(record, tokenizer, vocab_size):
+    """The token ids of a record's own response, [] if it has none."""
+    ids, text = record.get("response_ids"), record.get("response") or ""
+    if not ids:
+        q.check(isinstance(text, str), f"--data: a response has to be a text, not {text!r:.80}")
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    valid = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    q.check(valid, f"--data: response_ids have to be token ids of --model, not {ids!r:.80}")
+    return ids
+
+
 def read_samples(cfg):
     """The first --eval_samples samples of --data, with a response of their own or of --model, and
     the tokenizer."""
     chat = q.Chat(q.load_tokenizer(cfg), cfg.principle)
     pairs = list(itertools.islice(read_pairs(cfg, chat), cfg.eval_samples))
     q.check(pairs, f"{cfg.data}: no prompt to use")
-    asked = [prompt for prompt, record in pairs if not record.get("response")]
+    prompts = [prompt for prompt, _ in pairs]
+    # The output layer may have more rows than the tokenizer has tokens.
+    size = q.transformers.AutoConfig.from_pretrained(cfg.model).get_text_config().vocab_size
+    given = [given_ids(record, chat.tokenizer, size) for _, record in pairs]
+    asked = [prompt for prompt, ids in zip(prompts, given, strict=True) if not ids]
     made = iter(responses(cfg, cfg.model, asked) if asked else [])
     samples = []
-    for i, (prompt, record) in enumerate(pairs):
-        if not record.get("response"):
-            ids = next(made).response_ids
-        elif record.get("response_ids"):
-            ids = record["response_ids"]
-        else:
-            ids = chat.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
-        shown = chat.with_principle(prompt)
+    for i, (prompt, ids) in enumerate(zip(prompts, given, strict=True)):
+        ids, shown = ids or next(made).response_ids, chat.with_principle(prompt)
         samples.append(q.Sample(i, prompt, chat.ids(prompt), chat.ids(shown), ids))
     return samples, chat.tokenizer
 
@@ -306,3 +315,4 @@ if __name__ == "__main__":
         q.main(sweep, (q.Config,))
     else:
         q.main(credit, (q.Config, Credit))
+    q.dist.destroy_process_group()  # Else a thread of PyTorch's may abort the exit.

@@ -720,6 +720,38 @@ def test_the_credit_page_is_inert(credited):
     assert "\x1b[2J" not in printed and "\\x1b[2J" in printed
 
 
+def test_a_response_is_the_records_own_if_it_has_one(toy, tmp_path, monkeypatch):
+    def samples_of(*records):
+        tiny_world.write_jsonl(tmp_path / "data.jsonl", [{"prompt": "hi", **r} for r in records])
+        files = {"model": str(toy / "a"), "data": str(tmp_path / "data.jsonl")}
+        cfg = q.Config(**files, max_prompt_tokens=999, max_new_tokens=9)
+        return [sample.response_ids for sample in credit.read_samples(cfg)[0]]
+
+    monkeypatch.setattr(credit, "responses", lambda *_: [q.Sample(0, [], [], [], [7])])
+    own = {"response": "", "response_ids": [1]}  # It ended at once.
+    assert samples_of(own, {"response": ""}, {"response": "!"}) == [[1], [7], [5]]
+    for ids in ([261], [-1], [True], "abc", 5):
+        with pytest.raises(q.UserError, match="have to be token ids"):
+            samples_of({"response_ids": ids})
+    for response in (5, ["a"]):
+        with pytest.raises(q.UserError, match="has to be a text"):
+            samples_of({"response": response})
+
+
+def test_the_commands_of_credit_leave_the_process_group(monkeypatch):
+    """Else a thread of PyTorch's may abort the process."""
+    for words in (["credit.py"], ["credit.py", "alpha"]):
+        done = []
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(q, "main", lambda *_, done=done: done.append("command"))
+        leave = functools.partial(done.append, "process group")
+        monkeypatch.setattr(q.dist, "destroy_process_group", leave)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # It runs anew, though it is imported.
+            runpy.run_module("experiments.credit", run_name="__main__")
+        assert done == ["command", "process group"]
+
+
 @torch.no_grad()
 def test_the_texts_of_tokens_make_up_the_response():
     """With Llama's kind of tokenizer, whose decoder strips the first space and has bytes."""
