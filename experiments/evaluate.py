@@ -19,8 +19,8 @@ needed.
 
     python -m experiments.evaluate --run out/vicuna --reward_model REWARD_MODEL
 
-The models answer once, and every verdict is written down at once: after a failure the same command
-asks only for what is missing. It is a single process; vLLM has another one for itself.
+The models answer once, and every verdict is written down at once: the same command asks only for
+what is missing. It is a single process; vLLM has another one for itself.
 """
 
 import collections
@@ -47,7 +47,7 @@ import torch
 
 import inverse_q as q
 from experiments.plot import save_picture, start_drawing
-from experiments.tiny_world import interval, read_jsonl
+from experiments.tiny_world import interval, read_jsonl, write_jsonl
 
 # After the content of the paper's (app. B), in our own words.
 JUDGE = """\
@@ -272,6 +272,8 @@ def check_key(ev):
 
 def ask(client, ev, template, game, first):
     """The winner, "a", "b" or "none", when the answer of `first` stands first; and the reply."""
+    from openai import BadRequestError
+
     second = {"a": "b", "b": "a"}[first]
     parts = {
         "conversation": game["conversation"],
@@ -280,11 +282,16 @@ def ask(client, ev, template, game, first):
     }
     # In one pass, so that braces inside an answer stay as they are.
     text = re.sub(r"\{(conversation|first|second)\}", lambda match: parts[match[1]], template)
-    completion = client.chat.completions.create(
-        model=ev.judge_model, messages=[{"role": "user", "content": text}]
-    )
-    reply = completion.choices[0].message.content or ""
-    verdicts = re.findall(r"\[\[([AB])\]\]", reply)
+    wrong = f"--judge_url {ev.judge_url}: no chat completion; what is judged is kept"
+    with q.as_user_error(wrong, AttributeError, LookupError, TypeError, ValueError):
+        try:
+            completion = client.chat.completions.create(
+                model=ev.judge_model, messages=[{"role": "user", "content": text}]
+            )
+        except BadRequestError as error:  # from a content filter, or for the length, say
+            return "none", str(error)
+        reply = completion.choices[0].message.content or ""
+        verdicts = re.findall(r"\[\[([AB])\]\]", reply)
     if not verdicts:
         return "none", reply
     return {"A": first, "B": second}[verdicts[-1]], reply
@@ -332,16 +339,21 @@ def judge(ev, template, games, path):
 
 
 def verdicts_on(ev, template, games, path):
-    """The verdicts on all games, of which only those that are not in the file yet are asked for."""
+    """The verdicts on all games, of which only those that are not in the file yet are asked for.
+    The file keeps those of other evaluations, too."""
     path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # A kill may leave half a line.
-    known = {verdict["key"] for verdict in read_jsonl(path)}
+    known = {verdict["key"] for verdict in read_jsonl(path) if verdict["winner"] != "none"}
     open_games = [game for game in games if game["key"] not in known]
     if open_games:
         check_key(ev)
         judge(ev, template, open_games, path)
     found = {verdict["key"]: verdict for verdict in read_jsonl(path)}
-    return [found[game["key"]] for game in games]
+    verdicts = [found[game["key"]] for game in games]
+    failed = f"no verdict on any game, the first reply is {verdicts[0]['reply']!r:.300}"
+    judged = any(verdict["winner"] != "none" for verdict in verdicts)
+    q.check(judged, f"--judge_model {ev.judge_model}: {failed}")
+    return verdicts
 
 
 # --------------------------------------------------------------------------------------- Figures --
@@ -651,8 +663,10 @@ def compare(cfg, ev):
     result = {}
     if ev.judge:
         games = make_games(cfg, ev, template, prompts, records, texts)
-        path = Path(cfg.output_dir, "verdicts.jsonl")
-        result = tally(verdicts_on(ev, template, games, path))
+        path = Path(cfg.output_dir, "judged.jsonl")
+        verdicts = verdicts_on(ev, template, games, path)
+        write_jsonl(path.with_name("verdicts.jsonl"), verdicts)
+        result = tally(verdicts)
     if ev.reward_model:
         model = RewardModel(cfg, ev.reward_model)
         scores = {name: model(prompts, own) for name, own in texts.items()}

@@ -144,7 +144,8 @@ def test_verdicts_count_alike_whichever_model_is_a_and_in_any_order():
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that says what `reply` makes of the request."""
+    """An OpenAI-compatible server that says what `reply` makes of the request: a text, or (status,
+    body)."""
 
     reply = None
     asked = []  # noqa: RUF012
@@ -153,15 +154,18 @@ class Judge(http.server.BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][0]["content"]
         self.asked.append(text)
-        message = {"role": "assistant", "content": type(self).reply(text)}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-        body = json.dumps({**answer, "choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        said = type(self).reply(text)
+        if not isinstance(said, tuple):
+            message = {"role": "assistant", "content": said}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+            said = 200, json.dumps({**answer, "choices": [choice]})
+        status, body = said
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if "<" in body else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body.encode())
 
     def log_message(self, *_):
         pass
@@ -250,15 +254,44 @@ def test_the_better_answer_wins_wherever_it_stands(judged, capsys):
     judged(ours_loses, judge_model="another")
     assert "   0    0   80    0  0.000 (0.000 to 0.046)" in capsys.readouterr().out
 
-    result, asked = judged(lambda text: "no idea", n=20, judge_model="a third")
+
+def test_a_game_without_a_verdict_is_asked_for_again(judged, tmp_path):
+    """A filter refuses one prompt for ever, and once the judge says nothing about another."""
+
+    def refused(text):
+        return 400, '{"error": {"message": "flagged"}}'
+
+    def filtered(text):
+        return refused(text) if "question 3\n" in text else "[[A]]"
+
+    def silent_once(text):
+        return None if "question 7\n" in text else filtered(text)
+
+    for reply, expected, none in ((silent_once, 20, 2), (filtered, 2, 1), (filtered, 1, 1)):
+        result, asked = judged(reply, against=["x"], n=20)
+        assert asked == expected and result["pairs"][0]["no_verdict"] == none
+    for verdict in t.read_jsonl(tmp_path / "verdicts.jsonl"):
+        assert ("flagged" in verdict["reply"]) == (verdict["winner"] == "none")
+
+    # What refuses everything is a mistake, of the model's name say. Nothing counts as judged.
+    for reply, said in ((refused, "flagged"), (lambda text: None, "''")):
+        with pytest.raises(q.UserError, match=f"judge_model m2: no verdict on any game.*{said}"):
+            judged(reply, n=20, judge_model="m2")
+    _, asked = judged(first_wins, n=20, judge_model="m2")
     assert asked == 40
-    assert [pair["no_verdict"] for pair in result["pairs"]] == [20, 20]
-    assert result["elo"] == {} and result["pairs"][0]["win_rate"] is None
+
+
+@pytest.mark.parametrize(
+    "body", ["<html>", '{"choices": []}', '{"error": {"message": "no"}}', '{"id": "x", choi', "[]"]
+)
+def test_what_is_no_completion_is_a_user_error(judged, body):
+    with pytest.raises(q.UserError, match=r"judge_url http.*no chat completion; what is judged"):
+        judged(lambda text: (200, body), n=20)
 
 
 def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
     judged(first_wins, n=20)
-    path = tmp_path / "verdicts.jsonl"
+    path = tmp_path / "judged.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:15]) + '{"index": 3, "ca')  # killed while it wrote
     result, asked = judged(lambda text: "[[B]]", n=20)
@@ -270,6 +303,11 @@ def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
     # What the verdicts depend on has changed: all are asked for again.
     _, asked = judged(first_wins, n=20, judge_model="another judge")
     assert asked == 40
+
+    # Those of before are kept, but are no verdicts of this evaluation.
+    assert len(path.read_text().splitlines()) == 80
+    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 40
+    assert judged(first_wins, n=20)[1] == 0
     for text in ("{first} or {second}?", "{second} or {first}?"):
         template = t.write(tmp_path / "template.txt", text)
         _, asked = judged(first_wins, n=20, judge_template=template)
@@ -363,12 +401,12 @@ def test_a_judge_that_is_down_loses_nothing(judged, tmp_path, monkeypatch):
     import openai
 
     judged(first_wins, against=["x"], n=20)
-    before = (tmp_path / "verdicts.jsonl").read_text()
+    before = (tmp_path / "judged.jsonl").read_text()
     client = functools.partial(openai.OpenAI, max_retries=0)
     monkeypatch.setattr(openai, "OpenAI", lambda **_: client(base_url="http://127.0.0.1:9"))
     with pytest.raises(q.UserError, match=r"--judge_url http.*what is judged is kept"):
         judged(first_wins)
-    assert (tmp_path / "verdicts.jsonl").read_text() == before
+    assert (tmp_path / "judged.jsonl").read_text() == before
 
 
 # ------------------------------------------------------------------------------ The reward model --
