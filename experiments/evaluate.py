@@ -89,6 +89,8 @@ class Settings(q.Config):
     """Those of training, which need no model where answers are there already."""
 
     model: str | None = q.option(None, "Model to compare, a hub id or a folder.")
+    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data.")
+    eval_samples: int = q.option(100, "Prompts drawn from --data.")
     output_dir: str = q.option("out/evaluation", "Folder for what is written.")
     trust_remote_code: bool = q.option(False, "Run code of the reward model's repository.")
 
@@ -110,13 +112,12 @@ class Evaluation:
 
 
 def prepare(cfg):
-    """Refuse to be one of several ranks, and make the output folder."""
+    """Refuse what does nothing here: ranks and --eval_data. Make the output folder."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     q.check(alone, "this is a single process: start it with python -m, not with deepspeed")
-    try:
+    q.check(cfg.eval_data is None, "--eval_data: name it as --data, from which prompts come here")
+    with q.as_user_error(f"--output_dir {cfg.output_dir}", OSError):
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise q.UserError(f"--output_dir {cfg.output_dir}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------- Responses --
@@ -142,7 +143,8 @@ def responses_file(cfg, name, prompts):
     own = config_of(cfg, name)
     weights = sorted(Path(own.model).glob("*.safetensors"))
     files = [(str(path), path.stat().st_mtime) for path in weights]
-    cause = [own.model, files, own.temperature, own.max_new_tokens, own.seed]
+    template = q.load_tokenizer(own).chat_template
+    cause = [own.model, own.dtype, files, own.temperature, own.max_new_tokens, own.seed, template]
     key = zlib.crc32(json.dumps([cause, shown_prompts(cfg, name, prompts)]).encode())
     return Path(own.output_dir, "responses", f"{key:08x}.json")
 
@@ -191,11 +193,12 @@ def read_template(ev):
     """The request to the judge, with {conversation}, {first} and {second} to be filled in."""
     if not ev.judge_template:
         return JUDGE
-    try:
-        return Path(ev.judge_template).read_text()
-    except (OSError, ValueError) as error:
-        message = f"--judge_template {ev.judge_template}: cannot be read ({error})"
-        raise q.UserError(message) from error
+    place = f"--judge_template {ev.judge_template}"
+    with q.as_user_error(f"{place}: cannot be read", OSError, ValueError):
+        template = Path(ev.judge_template).read_text()
+    for part in ("{conversation}", "{first}", "{second}"):
+        q.check(part in template, f"{place}: without {part}")
+    return template
 
 
 def prompts_of(cfg, chat):
@@ -232,6 +235,10 @@ def draw(cfg, names):
     q.check(pairs, f"--max_prompt_tokens {limit}: {short}")
     count = min(cfg.eval_samples, len(pairs))
     drawn = random.Random(cfg.seed).sample(pairs, count)
+    for _, record in drawn:
+        category = record.get("category")
+        one = not isinstance(category, (list, dict))
+        q.check(one, f"{cfg.data}: a category has to be a text, not {category!r:.80}")
     return [prompt for prompt, _ in drawn], [record for _, record in drawn]
 
 
@@ -463,13 +470,11 @@ def check_reward_model(cfg, name):
     """Before any model is loaded: the reward model can be found, and gives one number."""
     from transformers import AutoConfig
 
-    try:
+    place = f"--reward_model {name}"
+    with q.as_user_error(f"{place}: no model folder or hub id that loads", OSError, ValueError):
         config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    except (OSError, ValueError) as error:
-        message = f"--reward_model {name}: no model folder or hub id that loads ({error})"
-        raise q.UserError(message) from error
     outputs = config.num_labels
-    q.check(outputs == 1, f"--reward_model {name}: has {outputs} outputs, a reward model has 1")
+    q.check(outputs == 1, f"{place}: has {outputs} outputs, a reward model has 1")
 
 
 class RewardModel:
@@ -554,7 +559,7 @@ def held_out_samples(run):
     samples = {}
     for path in sorted(Path(run, "samples").glob("held-out-*.jsonl")):
         samples[int(path.stem.removeprefix("held-out-"))] = read_jsonl(path)
-    q.check(0 in samples, f"--run {run}: has no samples/held-out-000.jsonl, see --eval_data")
+    q.check(samples.get(0), f"--run {run}: no answers in samples/held-out-000.jsonl")
     prompts = [sample["messages"] for sample in samples[0]]
     for epoch, own in samples.items():
         same = [sample["messages"] for sample in own] == prompts
@@ -605,7 +610,8 @@ def draw_rewards(rows, title, path):
     figure, axes = new_picture()
     known = [row for row in rows if row["increment"] is not None]
     epochs, increments = ([row[key] for row in known] for key in ("epoch", "increment"))
-    axes.fill_between(epochs, *zip(*(row["ci95"] for row in known), strict=True), alpha=0.2)
+    low, high = ([row["ci95"][i] for row in known] for i in (0, 1))
+    axes.fill_between(epochs, low, high, alpha=0.2)
     axes.plot(epochs, increments, marker="o")
     axes.set(title=title, xlabel="epochs of training", ylabel="increment of the reward (sd)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -678,13 +684,11 @@ def read_verdicts(files):
     """The verdicts of several verdicts.jsonl files, each once."""
     verdicts = {}
     for file in files:
-        try:
+        wrong = f"--verdicts {file}: not a verdicts.jsonl file"
+        with q.as_user_error(wrong, OSError, ValueError, KeyError, TypeError):
             for verdict in read_jsonl(file):
-                verdicts[verdict["key"], verdict["a"], verdict["b"]] = verdict
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise q.UserError(
-                f"--verdicts {file}: not a verdicts.jsonl file ({error!r})"
-            ) from error
+                own = {name: verdict[name] for name in ("category", "a", "b", "winner")}
+                verdicts[verdict["key"], own["a"], own["b"]] = own
     q.check(verdicts, f"--verdicts {', '.join(files)}: without a verdict")
     return list(verdicts.values())
 

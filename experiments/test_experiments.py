@@ -308,7 +308,7 @@ def test_an_evaluation_goes_on_where_it_was(judged, tmp_path):
     assert len(path.read_text().splitlines()) == 80
     assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 40
     assert judged(first_wins, n=20)[1] == 0
-    for text in ("{first} or {second}?", "{second} or {first}?"):
+    for text in ("{conversation} {first} or {second}?", "{conversation} {second} or {first}?"):
         template = t.write(tmp_path / "template.txt", text)
         _, asked = judged(first_wins, n=20, judge_template=template)
         assert asked == 40
@@ -339,9 +339,11 @@ def test_prompts_that_are_too_long_for_one_of_the_models_are_left_out(
 
 def test_an_evaluation_that_cannot_work_says_so_at_once(judged, tokenizer, tmp_path, monkeypatch):
     save_reward_model(tmp_path / "two", tokenizer, t.CHAT_TEMPLATE, outputs=2)
+    part = t.write(tmp_path / "first", "{conversation} {first}")
     for options, message in (
         ({"against": []}, "name at least one model"),
         ({"judge_template": "no"}, "--judge_template no: cannot be read"),
+        ({"judge_template": part}, "first: without {second}"),
         ({"against": ["x", "ours"]}, "name every model once"),
         ({"judge": False}, "--no_judge: then name a --reward_model"),
         ({"reward_model": str(tmp_path / "two")}, "two: has 2 outputs, a reward model has 1"),
@@ -357,6 +359,17 @@ def test_an_evaluation_that_cannot_work_says_so_at_once(judged, tokenizer, tmp_p
         m.setenv("WORLD_SIZE", "2")
         with pytest.raises(q.UserError, match="this is a single process"):
             judged(first_wins)
+
+
+def test_prompts_come_from_data_and_have_one_category(toy, tmp_path):
+    tiny_world.write_jsonl(tmp_path / "data.jsonl", [{"prompt": "hi", "category": ["a", "b"]}])
+    files = {"data": str(tmp_path / "data.jsonl"), "output_dir": str(tmp_path)}
+    cfg = evaluate.Settings(str(toy / "a"), **files, max_prompt_tokens=999, max_new_tokens=9)
+    with pytest.raises(q.UserError, match=r"data.jsonl: a category has to be a text, not \['a'"):
+        evaluate.draw(cfg, [cfg.model])
+    for command in (evaluate.evaluate, credit.credit):
+        with pytest.raises(q.UserError, match="--eval_data: name it as --data"):
+            command(dataclasses.replace(cfg, eval_data="x"), evaluate.Evaluation())
 
 
 def test_every_model_meets_every_other(judged, tmp_path):
@@ -392,7 +405,8 @@ def test_verdicts_of_several_runs_are_taken_together(judged, tmp_path, monkeypat
     assert list(result["elo"]) == ["ours", "x", "y"]
 
     t.write(tmp_path / "broken.jsonl", '{"index": 0}\n')
-    for file in ("none.jsonl", "broken.jsonl"):
+    t.write(tmp_path / "half.jsonl", '{"key": "1", "category": null, "a": "x", "b": "y"}\n')
+    for file in ("none.jsonl", "broken.jsonl", "half.jsonl"):
         with pytest.raises(q.UserError, match=rf"--verdicts .*{file}: not a verdicts.jsonl"):
             evaluate.evaluate(cfg, evaluate.Evaluation(verdicts=[str(tmp_path / file)]))
 
@@ -522,13 +536,25 @@ def test_figure_6_needs_a_run_and_a_reward_model_alone(finished_run, monkeypatch
     assert "20 held-out answers" in svg_texts(finished_run / "out" / "rewards.svg")
 
 
+def test_figure_6_of_equal_scores_has_no_increments(tmp_path):
+    rows = [{"epoch": n, **row} for n, row in evaluate.rewards({0: [1.0, 1.0]}, 0).items()]
+    assert rows[0]["increment"] is None
+    evaluate.draw_rewards(rows, "no curve", tmp_path / "rewards.svg")
+    assert "no curve" in svg_texts(tmp_path / "rewards.svg")
+
+
 def test_figure_6_says_what_it_lacks(finished_run):
     run, reward = str(finished_run / "run"), str(finished_run / "reward")
     cfg = evaluate.Settings(output_dir=str(finished_run / "out"))
     with pytest.raises(q.UserError, match="--run: name the --reward_model"):
         evaluate.evaluate(cfg, evaluate.Evaluation(run=run))
-    with pytest.raises(q.UserError, match=r"has no samples/held-out-000\.jsonl"):
+    with pytest.raises(q.UserError, match=r"no answers in samples/held-out-000\.jsonl"):
         evaluate.evaluate(cfg, evaluate.Evaluation(run=reward, reward_model=reward))
+    (finished_run / "empty" / "samples").mkdir(parents=True)
+    t.write(finished_run / "empty" / "samples" / "held-out-000.jsonl", "")
+    with pytest.raises(q.UserError, match="empty: no answers in"):
+        empty = str(finished_run / "empty")
+        evaluate.evaluate(cfg, evaluate.Evaluation(run=empty, reward_model=reward))
     path = finished_run / "run" / "samples" / "held-out-002.jsonl"
     path.write_text(path.read_text().replace("question 7", "another question"))
     with pytest.raises(q.UserError, match="prompts of epoch 2 are not those of epoch 0"):
@@ -536,6 +562,24 @@ def test_figure_6_says_what_it_lacks(finished_run):
 
 
 # ------------------------------------------------------------------------------------- Responses --
+
+
+def test_answers_are_kept_for_all_that_they_depend_on(toy, tmp_path, monkeypatch, tokenizer):
+    limits = {"max_prompt_tokens": 999, "max_new_tokens": 9, "output_dir": str(tmp_path)}
+    cfg = evaluate.Settings(str(toy / "a"), **limits)
+    other = dataclasses.replace
+    cases = [(cfg, "a"), (cfg, "b"), (cfg, "a+principle"), (other(cfg, temperature=0.5), "a")]
+    cases += [(other(cfg, seed=1), "a"), (other(cfg, dtype="float32"), "a")]
+
+    def files():
+        return [evaluate.responses_file(c, str(toy / name), [[t.user("hi")]]) for c, name in cases]
+
+    before = files()
+    assert files() == before and len(set(before)) == len(cases)
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template += " "
+    monkeypatch.setattr(q, "load_tokenizer", lambda cfg: changed)
+    assert not set(files()) & set(before)
 
 
 @t.processes
