@@ -194,7 +194,7 @@ def main(folder: str = "out/tiny-world"):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if sys.argv[2:] or any(word[:1] == "-" or Path(word).is_file() for word in sys.argv[1:]):
         print(__doc__)
         sys.exit(2)
     main(*sys.argv[1:])

@@ -561,7 +561,7 @@ if __name__ == "__main__":
     match arguments:
         case ["part", name, values]:
             part(name, values)
-        case [] | [_]:
+        case [] | [_] if not any(word[:1] == "-" or Path(word).is_file() for word in arguments):
             bench(*arguments)
         case _:
             print(__doc__)

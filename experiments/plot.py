@@ -36,7 +36,8 @@ def save_picture(figure, path):
 
 def read_run(folder):
     """The records of a run's optimizer steps, and those of its epochs."""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    # What follows the last line end is half a line, which a kill has left, or nothing.
+    *lines, _ = Path(folder, "metrics.jsonl").read_text().split("\n")
     records = [json.loads(line) for line in lines]
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -103,6 +104,7 @@ def plot(runs, output):
         grid[0, i].set_title(name)
     for axes, label in zip(grid[:, 0], labels, strict=True):
         axes.set_ylabel(label)
+    for axes in grid.flat:
         if axes.has_data():
             axes.legend(fontsize="small")
     for row in (1, 2, 4):  # Scales that begin at 0, now that all runs are drawn.
@@ -134,7 +136,11 @@ def main():
             runs[folder] = read_run(folder)
         except (OSError, ValueError, KeyError) as error:
             refuse(f"{folder}: no run to draw ({error})")
-    plot(runs, output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plot(runs, output)
+    except OSError as error:
+        refuse(f"--output {output}: {error}")
 
 
 if __name__ == "__main__":

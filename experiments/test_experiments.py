@@ -909,7 +909,7 @@ def write_metrics(folder, epochs, held_out):
     tiny_world.write_jsonl(folder / "metrics.jsonl", records)
 
 
-def test_runs_are_drawn_side_by_side(tmp_path):
+def test_runs_are_drawn_side_by_side(tmp_path, monkeypatch, capsys):
     from matplotlib import pyplot
 
     write_metrics(tmp_path / "a", 3, held_out=True)
@@ -918,8 +918,21 @@ def test_runs_are_drawn_side_by_side(tmp_path):
     plot.plot(runs, tmp_path / "both.svg")
     texts = svg_texts(tmp_path / "both.svg")
     assert {"a", "b", "held-out prompts", "contrast and fit", "loss, nats per token"} <= set(texts)
-    plot.plot({"a": runs["a"]}, tmp_path / "one.png")
-    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    plot.plot({name: runs[name] for name in "ba"}, tmp_path / "turned.svg")
+    assert "held-out prompts" in svg_texts(tmp_path / "turned.svg")
+
+    # A kill has left half a line, and the picture's folder is not there yet.
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')
+    picture = tmp_path / "new" / "one.png"
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "a"), "--output", str(picture)])
+    plot.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    t.write(tmp_path / "file", "")
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / "file" / "one.png")])
+    with pytest.raises(SystemExit):
+        plot.main()
+    assert re.search(r"plot.py: --output .*file/one.png: .*\n$", capsys.readouterr().out)
 
     # Steps stand within their epoch, held-out values before it.
     _, grid = pyplot.subplots(5)
@@ -1045,6 +1058,18 @@ def test_user_errors_are_one_line_or_the_usage_and_code_2(words, message, tmp_pa
         assert line.startswith(message)
     else:
         assert f"python -m experiments.{name}" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["bench", "ablations"])
+def test_what_is_no_folder_starts_no_job(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for word in ("--help", t.write(tmp_path / "file", "")):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", word])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
+            warnings.simplefilter("ignore", RuntimeWarning)  # It runs anew, though it is imported.
+            runpy.run_module(f"experiments.{name}", run_name="__main__")
+        assert stop.value.code == 2 and f"python -m experiments.{name}" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_the_readme_names_every_option():
