@@ -643,20 +643,25 @@ def compare(words):
 
 @t.processes
 def test_models_are_compared_end_to_end(judge_server, toy, tmp_path):
-    """Real responses and a real judge, a served model, through the real client. A second run asks
-    neither again."""
+    """Real responses and a real judge, a served model, through the real client. Its replies are no
+    verdicts; with some in their place, a second run asks neither again."""
     out = tmp_path / "out"
     template = t.write(tmp_path / "template.txt", "{conversation} {first} {second} [[A]]?")
     words = ["--against", toy / "b", f"{toy / 'a'}+principle", "--eval_samples", 3]
     words += ["--judge_template", template, "--judge_model", toy / "b"]
     words += ["--judge_url", f"http://127.0.0.1:{judge_server}/v1"]
-    for expected in (3, 0):
-        said = t.Job(1, compare, t.settings(toy, out, *words)).result().stdout
-        assert said.count("responds to 3 prompts") == expected
-        assert len(t.read_jsonl(out / "verdicts.jsonl")) == 6
+    first = t.Job(1, compare, t.settings(toy, out, *words)).result(check=False)
+    assert first.stdout.count("responds to 3 prompts") == 3
+    assert "UserError: --judge_model" in first.stderr and "no verdict on any game" in first.stderr
+    replies = (out / "judged.jsonl").read_text()
+    assert replies.count('"winner": "none"') == 6
+    t.write(out / "judged.jsonl", replies.replace('"winner": "none"', '"winner": "a"'))
+    second = t.Job(1, compare, t.settings(toy, out, *words)).result().stdout
+    assert "responds to" not in second and "Judging" not in second
+    assert len(t.read_jsonl(out / "judged.jsonl")) == len(t.read_jsonl(out / "verdicts.jsonl")) == 6
     result = json.loads((out / "evaluation.json").read_text())
     for pair in result["pairs"]:
-        assert pair["win"] + pair["tie"] + pair["lose"] + pair["no_verdict"] == 3
+        assert pair["win"] == 3
     assert list(result) == ["pairs", "composite", "elo", "elo_progress", "categories"]
 
 
