@@ -38,7 +38,8 @@ fi
 export PATH=$venv/bin:$PATH PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
 # DeepSpeed counts the GPUs itself, those of CUDA_VISIBLE_DEVICES; without one it needs a number.
-launch=(deepspeed --quiet)
+# The port is drawn, so that two jobs can share a machine.
+launch=(deepspeed --quiet --master_port $((20000 + RANDOM % 12000)))
 dtype=bfloat16
 if [ "$gpus" = 0 ]; then
   launch+=(--num_gpus 2)
@@ -53,7 +54,8 @@ case ${1:-world} in
     shift
     [ "${1:-}" != --quick ] || set -- -m "not processes" "${@:2}"
     cd "$here"
-    exec python -m pytest test_inverse_q.py experiments "$@"
+    export OMP_NUM_THREADS=1 # Several run at once, and threads would wait for a core.
+    exec python -m pytest experiments test_inverse_q.py "$@"
     ;;
   bench | evaluate | credit | ablations | plot) exec python -m "experiments.$1" "${@:2}" ;;
   alpha) exec python -m experiments.credit alpha "${@:2}" ;;

@@ -73,7 +73,7 @@ def start(name, *words, **environment):
 def early(request):
     """Begin with what takes long and wants no attention: it goes on beside the quick tests."""
     wanted = {name for test in request.session.items for name in test.fixturenames}
-    for name in {"judge_server", "credit_page"} & wanted:
+    for name in {"main_job", "judge_server", "credit_page"} & wanted:
         request.getfixturevalue(name)
 
 
@@ -1101,13 +1101,23 @@ def test_run_sh_runs_the_commands_without_a_launcher(toy, tmp_path):
         assert "launch.py" not in run.stdout + run.stderr
 
 
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """./run.sh, which early() starts."""
+    out = tmp_path_factory.mktemp("main_job")
+    job = t.Launched([HERE / "run.sh"], env={**os.environ, "OUT": str(out)})
+    yield out, job
+    if job.poll() is None:  # The tests were stopped.
+        os.killpg(job.process.pid, signal.SIGKILL)
+
+
 @t.processes
-def test_main_job(tmp_path):
-    """./run.sh: training reaches pi_hat, which is far better than prompting and the base."""
-    env = {**os.environ, "OUT": str(tmp_path)}
-    run = subprocess.run([HERE / "run.sh"], env=env, capture_output=True, text=True, timeout=1500)
+def test_main_job(main_job):
+    """Training reaches pi_hat, which is far better than prompting and the base."""
+    out, job = main_job
+    run = job.result(1500)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((out / "run" / "report.json").read_text())
     curve, limits = report["convergence"], report["ci95"]  # after 0 to 6 epochs
     assert list(limits) == ["base", "prompting", "superior", "inverse_q"]
     assert limits["base"][1] < limits["prompting"][0]
@@ -1118,13 +1128,13 @@ def test_main_job(tmp_path):
 
     # All points are on the same requests. The curve rises and stays: no overshooting.
     assert report["requests"] == 900 and len(curve) == 7
-    for path in (tmp_path / "run" / "samples").glob("held-out-*"):
+    for path in (out / "run" / "samples").glob("held-out-*"):
         assert len(t.read_jsonl(path)) == 900
     assert curve[0] < 0.2 and curve[2] > curve[0] + 0.3 and curve[-1] == report["inverse_q"]
     assert max(curve) - curve[-1] < 0.08
-    records = t.metrics(tmp_path / "run", "epoch")
+    records = t.metrics(out / "run", "epoch")
     assert records[-1]["eval_kl"] < 0.1 * records[0]["eval_kl"]
-    texts = svg_texts(tmp_path / "run" / "tiny_world.svg")
+    texts = svg_texts(out / "run" / "tiny_world.svg")
     assert f"{report['superior']:.3f}" in texts and f"{report['inverse_q']:.3f}" in texts
 
 
