@@ -251,7 +251,7 @@ def bench_train(model, samples, stretch, checkpointing=True):
     cfg = q.Config(
         model=model,
         dtype=DTYPE_NAME,
-        micro_batch_tokens=8192 if GPU else 2048,
+        micro_batch_tokens=8192 if GPU else 1024,
         activation_checkpointing=checkpointing,
     )
     ds_config = q.deepspeed_config(cfg)
