@@ -639,8 +639,8 @@ def train(cfg: Config):
     ds_config, chat, prompts, held_out = prepare(cfg)
     run = Run(cfg, prompts)
     if run.epoch >= cfg.epochs:
-        dist.destroy_process_group()  # Else PyTorch may abort the exit. With vLLM, vLLM does it.
-        return say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
+        say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
+        os._exit(0)  # PyTorch's gloo threads can abort an orderly exit so early.
     sampler = Sampler(cfg, chat)
     with unpatched(sampler.llm):
         superior = SuperiorPolicy(cfg, ds_config)
