@@ -907,7 +907,7 @@ def end_at_once(kind, error, *trace):
         time.sleep(5 if os.environ.get("LOCAL_RANK", "0") != "0" else 0)
         print(f"{Path(sys.argv[0]).name}:", " ".join(str(error).split()), flush=True)
         os._exit(2)
-    time.sleep(5)  # If another rank failed first, the launcher ends this one before it prints.
+    time.sleep(2)  # If another rank failed first, the launcher ends this one before it prints.
     sys.__excepthook__(kind, error, *trace)
     os._exit(1)
 

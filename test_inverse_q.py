@@ -773,6 +773,7 @@ def test_default_system_texts(plain, shown, text):
         # Command R+: without tools
         ("{% for tool in tools %}{% endfor %}" + CHAT_TEMPLATE, "'NoneType' object is not iter"),
         ("{{ messages[0].name.first }}", "has no attribute 'name'"),
+        ("{{ 1 // (messages|length - 1) }}", "ZeroDivisionError"),
         ("{% for %}", "TemplateSyntaxError"),
         ({"rag": CHAT_TEMPLATE, "tool_use": ""}, "no default specified"),
     ],
@@ -1937,6 +1938,11 @@ class StandIn:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
         self.llm_engine = types.SimpleNamespace(vllm_config=VllmConfig())
 
+    def wake_up(self, tags=None):
+        CALLS.append(f"wake_up {tags}")
+        if not tags:  # At the end, where too little memory fails no run.
+            raise RuntimeError("out of memory")
+
     def __getattr__(self, name):
         return lambda *_, **options: CALLS.append(" ".join([name, *map(str, options.values())]))
 
@@ -1997,7 +2003,7 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
     epoch = ["empty_cache", "wake_up ['weights']", "reload_weights", "apply_model"]
     epoch += ["wake_up ['kv_cache']", "reset_prefix_cache", "generate 3"]
     epoch += ["generate 5", "sleep 2", "step", "step"]  # The 5 are held out.
-    last_one = [*epoch, "save", "wake_up"]  # It is always saved.
+    last_one = [*epoch, "save", "wake_up None"]  # It is always saved.
     jobs = {3: begin + epoch + [*epoch, "save"] + last_one, 4: begin + last_one}
     for epochs, expected in jobs.items():
         said = train(toy, tmp_path, 1, *options, epochs, prepare=rehearse_gpu).splitlines()
