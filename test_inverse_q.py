@@ -1199,10 +1199,10 @@ def test_options_that_make_no_sense(name, values):
 @pytest.mark.parametrize(
     "weights, layers, d, vocabulary, ranks, offload, expected",
     [
-        (3.09e9, 36, 2048, 151936, 1, False, [65.4, 6.0, 8.2]),  # On 80 GB, 0.18 is left for vLLM.
-        (6.74e9, 32, 4096, 32000, 8, False, [20.1, 5.0, 15.5]),
-        (6.74e9, 32, 4096, 32000, 8, True, [6.6, 5.0, 15.5]),
-        (13.0e9, 40, 5120, 32000, 8, False, [35.8, 6.0, 28.0]),
+        (3.09e9, 36, 2048, 151936, 1, False, [67.4, 6.0, 8.2]),  # On 80 GB, 0.15 is left for vLLM.
+        (6.74e9, 32, 4096, 32000, 8, False, [22.1, 5.0, 15.5]),
+        (6.74e9, 32, 4096, 32000, 8, True, [8.6, 5.0, 15.5]),
+        (13.0e9, 40, 5120, 32000, 8, False, [37.8, 6.0, 28.0]),
     ],
 )
 def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
@@ -1215,7 +1215,7 @@ def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
     got = needs()
     assert got == pytest.approx(expected, abs=0.06)
     moments = 0 if offload else 16
-    assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9, abs=3.7)
+    assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9, abs=5.7)
     two_frozen = needs(positive_model="b")[0] - got[0]
     assert two_frozen == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
     kept = (34 + 2 * layers) * 2048 * d * 1e-9  # a layer, and the inputs of all
@@ -1223,6 +1223,23 @@ def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
     more = needs(activation_checkpointing=False)[1] - got[1]
     assert more == pytest.approx(34 * layers * 4096 * d * 1e-9 - 2 * kept)
     assert needs(tensor_parallel_size=2)[2] == pytest.approx(weights * 1e-9 + 2)
+
+
+@pytest.mark.parametrize(
+    "weights, layers, d, kept, fitted",
+    [
+        (494032768, 24, 896, 14.0, 3.0),
+        (1543714304, 28, 1536, 35.0, 4.0),
+        (3085938688, 36, 2048, 67.9, 4.4),
+    ],
+)
+def test_memory_needs_are_near_what_an_h200_showed(weights, layers, d, kept, fitted):
+    """GB of models of Qwen2.5's shapes: used in all while vLLM slept, once AdamW had its moments,
+    and more at the peak of PyTorch's allocator in a step with full micro-batches."""
+    config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=151936)
+    got_kept, got_fitted, _ = q.memory_needs(q.Config("m"), config, weights, 1, False)
+    assert got_kept == pytest.approx(kept, abs=1.5)
+    assert got_fitted == pytest.approx(fitted, abs=1.7)
 
 
 def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, monkeypatch, capsys):
@@ -1235,15 +1252,15 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         cfg = q.Config(str(tmp_path), gpu_memory_utilization=share)
         q.check_memory(cfg, {"zero_optimization": {"stage": 3}})
 
-    for share in (0.21, 0.5, 0.69):
+    for share in (0.21, 0.4, 0.49):
         run(10.0, share)
-    assert "each of which needs about 3.0 GB always, and" in capsys.readouterr().out
-    for share in (0.7, 0.2):  # too little for training, too little for vLLM
-        fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.21 to 0\.69"
+    assert "each of which needs about 5.0 GB always, and" in capsys.readouterr().out
+    for share in (0.5, 0.2):  # too little for training, too little for vLLM
+        fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.21 to 0\.49"
         with pytest.raises(q.UserError, match=fits):
             run(10.0, share)
-    with pytest.raises(q.UserError, match=r"4\.0 GB: use more GPUs, offload_optimizer"):
-        run(4.0, 0.1)
+    with pytest.raises(q.UserError, match=r"6\.0 GB: use more GPUs, offload_optimizer"):
+        run(6.0, 0.1)
 
 
 OURS = ("train_batch_size", "optimizer", "scheduler", "fp16", "gradient_accumulation_steps")
@@ -1927,6 +1944,13 @@ def test_a_sampler_without_the_weights_of_the_policy_stops_the_run(toy, tmp_path
 CALLS = []  # in the process that rehearses
 
 
+class Asleep:
+    """The KV cache while it sleeps: its memory is not there, so CUDA cannot copy it."""
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("CUDA error: invalid argument")
+
+
 class StandIn:
     """What vllm.LLM is on a GPU, as a recorder around a policy of transformers."""
 
@@ -1936,7 +1960,9 @@ class StandIn:
         CALLS.append(options)
         torch.set_num_threads(1)  # as vLLM does
         self.model = transformers.AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
-        self.llm_engine = types.SimpleNamespace(vllm_config=VllmConfig())
+        config = VllmConfig()  # A real one leads to the attention layers, and they to their cache.
+        config.compilation_config.static_forward_context["layers.0"] = Asleep()
+        self.llm_engine = types.SimpleNamespace(vllm_config=config)
 
     def wake_up(self, tags=None):
         CALLS.append(f"wake_up {tags}")
@@ -2082,7 +2108,7 @@ for case in json.load(open(sys.argv[1])):
     main(case)
 world = torch.distributed.distributed_c10d._get_default_group()
 print("TIMEOUT", world._get_backend(torch.device("cpu")).options._timeout.total_seconds())
-print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "FLASHINFER" in k})
+print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "_FLASHINFER" in k})
 # An old driver: NVML counts the GPUs, and CUDA cannot use them.
 torch.version.cuda, torch.cuda.device_count = "13.0", lambda: 8
 main(case)
