@@ -1484,6 +1484,8 @@ def make_toy(folder):
     config["gradient_clipping"] = 0.5
     config["csv_monitor"] = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "x"}
     (folder / "ds.json").write_text(json.dumps(config))
+    config["zero_optimization"]["leaf_module"] = {"classes": ["LlamaDecoderLayer"]}
+    (folder / "leaf.json").write_text(json.dumps(config))
     return folder
 
 
@@ -1560,12 +1562,17 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
 
 @processes
 @pytest.mark.parametrize(
-    "ranks, option", [(1, "--activation_checkpointing=false"), (2, "--tensor_parallel_size=2")]
+    "ranks, option, ds_config",
+    [
+        (1, "--activation_checkpointing=false", "ds.json"),
+        (2, "--tensor_parallel_size=2", "leaf.json"),  # ZeRO-3 handles a layer at a time.
+    ],
 )
-def test_ranks_checkpointing_and_tensor_parallel_sampling_change_no_run(
-    toy, run_2, tmp_path, ranks, option
+def test_ranks_checkpointing_tensor_parallel_sampling_and_leaf_modules_change_no_run(
+    toy, run_2, tmp_path, ranks, option, ds_config
 ):
-    train(toy, tmp_path, ranks, *TRAINING, option, "--save_every", 9)
+    options = (option, "--save_every", 9, "--ds_config", toy / ds_config)
+    train(toy, tmp_path, ranks, *TRAINING, *options)
     assert json.loads((tmp_path / "state" / "done.json").read_text()) == {"epoch": 2}
     for file in ("epoch-001.jsonl", "epoch-002.jsonl"):
         ours, theirs = (read_jsonl(out / "samples" / file) for out in (tmp_path, run_2[0]))
