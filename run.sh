@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh                 make a tiny world, run Inverse-Q* in it and judge what came out
+# ./run.sh [world FOLDER]  make a tiny world, run Inverse-Q* in it and judge what came out
 # ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or on 2 CPU ranks
 # ./run.sh test            all tests; ./run.sh test --quick: those that start no processes
 # ./run.sh bench | evaluate ... | credit ... | alpha ... | ablations | plot ...    experiments/README.md
@@ -74,7 +74,7 @@ case ${1:-world} in
     ;;
 esac
 
-out=${OUT:-out/tiny-world}
+out=${2:-out/tiny-world}
 rm -rf "$out/run"
 echo "1. A tiny chat model that answers well when it is shown a principle, and often not without"
 python -m experiments.tiny_world make "$out"

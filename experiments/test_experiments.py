@@ -1102,9 +1102,9 @@ def test_run_sh_runs_the_commands_without_a_launcher(toy, tmp_path):
 
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory):
-    """./run.sh, which early() starts."""
+    """./run.sh in a folder of its own, which early() starts."""
     out = tmp_path_factory.mktemp("main_job")
-    job = t.Launched([HERE / "run.sh"], env={**os.environ, "OUT": str(out)})
+    job = t.Launched([HERE / "run.sh", "world", out])
     yield out, job
     if job.poll() is None:  # The tests were stopped.
         os.killpg(job.process.pid, signal.SIGKILL)
