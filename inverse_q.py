@@ -508,8 +508,8 @@ class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
     because each chunk of the loss needs them. Collective to build. Another teacher takes its place
-    in train(): called with samples, possibly none, it returns SoftLabelLoss's labels. They may make
-    no collective calls, because ranks have different numbers of chunks."""
+    in train(): called with samples, possibly none, it returns SoftLabelLoss's labels, made without
+    gradients. These make no collective calls, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")

