@@ -31,6 +31,14 @@ from experiments.tiny_world import BLUE, ORANGE, tint, write_jsonl
 
 
 @dataclasses.dataclass
+class Settings(q.Config):
+    """The options of training, with what two of them mean here."""
+
+    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data.")
+    eval_samples: int = q.option(100, "Samples taken from --data.")
+
+
+@dataclasses.dataclass
 class Credit:
     """The option of the first command, beside those of training."""
 
@@ -313,7 +321,7 @@ def credit(cfg, options):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["alpha"]:
         del sys.argv[1]
-        q.main(sweep, (q.Config,))
+        q.main(sweep, (Settings,))
     else:
-        q.main(credit, (q.Config, Credit))
+        q.main(credit, (Settings, Credit))
     os._exit(0)  # PyTorch's gloo threads can abort an orderly exit. All has been flushed.

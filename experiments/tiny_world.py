@@ -455,7 +455,7 @@ def main():
 
     logging.disable_progress_bar()
     match sys.argv[1:]:
-        case ["make", folder]:
+        case ["make", folder] if not folder.startswith("-"):
             make_world(folder)
         case ["report", world, run]:
             report(world, run)
