@@ -1010,7 +1010,7 @@ def check_memory(cfg: Config, ds_config):
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
         check(needs[0] + max(needs[1:]) <= total, f"{text}: {less}")
         least, most = needs[2] / total, 1 - needs[0] / total
-        fits = f"--gpu_memory_utilization from {least + 0.005:.2f} to {most - 0.005:.2f}"
+        fits = f"--gpu_memory_utilization from {least + 0.0005:.3f} to {most - 0.0005:.3f}"
         check(least <= cfg.gpu_memory_utilization <= most, f"{text}: set {fits}")
 
 

