@@ -8,6 +8,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stop() { echo "run.sh: $*"; exit 2; }
+[[ $here != *[[:space:]]* ]] || stop "PyTorch's compiler fails in a folder with a space: '$here'"
 
 case ${1:-world} in
   --* | test | bench | evaluate | credit | alpha | ablations | plot) ;;
@@ -49,8 +50,7 @@ export PATH=$venv/bin:$PATH PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
 # DeepSpeed counts the GPUs itself, those of CUDA_VISIBLE_DEVICES; without one it needs a number.
 # The port is drawn, so that two jobs can share a machine.
-# It is not started as `deepspeed`, a script which fails in a folder with a space in its name.
-launch=(python -m deepspeed.launcher.runner --quiet --master_port $((20000 + RANDOM % 12000)))
+launch=(deepspeed --quiet --master_port $((20000 + RANDOM % 12000)))
 dtype=bfloat16
 if [ "$gpus" = 0 ]; then
   launch+=(--num_gpus 2)

@@ -1338,9 +1338,9 @@ def free_port():
 
 
 def command(ranks, *options, launcher=(), script=HERE / "inverse_q.py"):
-    """The command of run.sh, with a port of its own."""
-    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    start += ["--master_port", free_port(), *launcher]
+    """The command of the README, with a port of its own."""
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    start = [deepspeed, "--num_gpus", str(ranks), "--master_port", free_port(), *launcher]
     return [*start, str(script), *map(str, options)]
 
 
@@ -2065,7 +2065,7 @@ def test_several_machines(toy, run_2, tmp_path):
         launcher = ["--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--node_rank", str(node)]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
         whole = command(1, *settings(toy, "out", *TRAINING), launcher=launcher)
-        del whole[3:5]  # --num_gpus
+        del whole[1:3]  # --num_gpus
         jobs.append(Launched(whole, cwd=folder))
     done = folders[0] / "out" / "state" / "done.json"
     wait_until(jobs[0], done.exists)
@@ -2094,23 +2094,24 @@ def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path
 
 @pytest.fixture
 def run_sh(tmp_path):
-    """A function that calls run.sh in a folder with a space in its name, where stand-ins for
-    python and pip list their calls. Call number `failing` of pip is the one that fails."""
-    folder = tmp_path / "a folder"
-    folder.mkdir()
+    """A function that calls run.sh in a folder where stand-ins for python, deepspeed and pip say
+    how they are called. Call number `failing` of pip is the one that fails."""
 
-    def call(*words, gpus=0, on="", failing=0):
+    def call(*words, gpus=0, on="", failing=0, name="x"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
         programs = {
             "nvidia-smi": 'echo "GPU 0: H200"' if gpus else "exit 1",
-            "make": 'mkdir -p "$4/bin" && cp pip python "$4/bin"',  # -m venv --clear FOLDER
+            "make": 'mkdir -p "$4/bin" && cp pip python deepspeed "$4/bin"',  # -m venv --clear DIR
             "pip": f'echo "$*" >>calls && [ $(wc -l <calls) != {failing} ]',
             "python": 'echo "RUN $*"',
+            "deepspeed": 'echo "RUN deepspeed $*"',
         }
-        for name, line in programs.items():
-            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
-            (folder / name).chmod(0o755)
-        for name in ("run.sh", "requirements.txt"):
-            shutil.copy(HERE / name, folder)
+        for program, line in programs.items():
+            (folder / program).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / program).chmod(0o755)
+        for file in ("run.sh", "requirements.txt"):
+            shutil.copy(HERE / file, folder)
         path = f"{folder}:{os.environ['PATH']}"
         env = {**os.environ, "PATH": path, "PYTHON": "./make", "DS_ACCELERATOR": on}
         (folder / "calls").write_text("")
@@ -2150,10 +2151,12 @@ def test_run_sh_makes_its_environment_or_says_why_not(run_sh, word, gpus, on, fa
 
 
 @processes
-def test_run_sh_refuses_words_before_it_makes_anything(run_sh, tmp_path):
-    for words in (["tset"], ["-h"], ["world", "a", "--epochs"], ["world", "--help"]):
-        folder, run, calls = run_sh(*words)
-        assert run.returncode == 2 and run.stdout.startswith("run.sh: "), words
+def test_run_sh_refuses_before_it_makes_anything(run_sh):
+    words = ["tset"], ["-h"], ["world", "a", "--epochs"], ["world", "--help"]
+    cases = [("x", word) for word in words] + [("a folder", ["plot"])]
+    for name, word in cases:
+        folder, run, calls = run_sh(*word, name=name)
+        assert run.returncode == 2 and run.stdout.startswith("run.sh: "), word
         assert not calls and not list(folder.glob(".venv*"))
 
 
@@ -2162,7 +2165,7 @@ def test_run_sh_makes_the_tiny_world_anew_but_not_under_a_run_at_work(run_sh):
     """And deletes nothing but a run."""
     folder, run, _ = run_sh("world", "w")
     assert run.returncode == 0 and "RUN -m experiments.tiny_world report w w/run" in run.stdout
-    assert "RUN -m deepspeed.launcher.runner --quiet" in run.stdout
+    assert "RUN deepspeed --quiet" in run.stdout
     kept, lock = folder / "w" / "run" / "kept", folder / "w" / "run" / "lock"
     kept.parent.mkdir(parents=True)
     kept.write_text("")

@@ -472,8 +472,8 @@ def in_process(function, ranks=1, memory=False, **arguments):
     memory, on a CPU that is the memory of the whole process."""
     module = ["experiments.bench", "part", function.__name__, json.dumps(arguments)]
     if ranks > 1:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        command += ["--master_port", free_port(), "--module"]
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        command = [deepspeed, "--num_gpus", str(ranks), "--master_port", free_port(), "--module"]
     else:
         command = [sys.executable, "-m"]
     threads = str(max(1, THREADS // ranks))
