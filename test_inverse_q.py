@@ -1801,7 +1801,7 @@ q.main()
 MISTAKE_OF_ONE_RANK = """
 import os, types, inverse_q as q
 def save_checkpoint(*_, **__):
-    print("PID", os.getpid(), flush=True)
+    os.write(1, f"\\nPID {os.getpid()}\\n".encode())  # in one piece, for two ranks
     if os.environ["RANK"] == "1":
         raise OSError(28, "No space left on device")
 def train(cfg):
