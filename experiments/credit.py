@@ -26,16 +26,8 @@ from pathlib import Path
 import torch
 
 import inverse_q as q
-from experiments.evaluate import prepare, prompts_of, responses
+from experiments.evaluate import OneSource, prepare, prompts_of, responses
 from experiments.tiny_world import BLUE, ORANGE, tint, write_jsonl
-
-
-@dataclasses.dataclass
-class Settings(q.Config):
-    """The options of training, with what two of them mean here."""
-
-    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data.")
-    eval_samples: int = q.option(100, "Samples taken from --data.")
 
 
 @dataclasses.dataclass
@@ -321,7 +313,7 @@ def credit(cfg, options):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["alpha"]:
         del sys.argv[1]
-        q.main(sweep, (Settings,))
+        q.main(sweep, (OneSource,))
     else:
-        q.main(credit, (Settings, Credit))
+        q.main(credit, (OneSource, Credit))
     os._exit(0)  # PyTorch's gloo threads can abort an orderly exit. All has been flushed.

@@ -85,12 +85,18 @@ def files_or_models(text):
 
 
 @dataclasses.dataclass
-class Settings(q.Config):
+class OneSource(q.Config):
+    """The options of training, where all prompts come from --data."""
+
+    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data.")
+    eval_samples: int = q.option(100, "Prompts drawn from --data.")
+
+
+@dataclasses.dataclass
+class Settings(OneSource):
     """Those of training, which need no model where answers are there already."""
 
     model: str | None = q.option(None, "Model to compare, a hub id or a folder.")
-    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data.")
-    eval_samples: int = q.option(100, "Prompts drawn from --data.")
     output_dir: str = q.option("out/evaluation", "Folder for what is written.")
     trust_remote_code: bool = q.option(False, "Run code of the reward model's repository.")
 

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import html.parser
 import http.server
@@ -1098,6 +1099,24 @@ def test_run_sh_runs_the_commands_without_a_launcher(toy, tmp_path):
         script = "evaluate.py" if word == "evaluate" else "credit.py"
         assert f"{script}: {none}: no model folder or hub id that loads" in run.stdout
         assert "launch.py" not in run.stdout + run.stderr
+
+
+@t.processes
+def test_run_sh_makes_the_tiny_world_anew_but_not_under_a_run_at_work(tmp_path):
+    """And deletes nothing but a run."""
+    run, _ = t.run_sh(tmp_path, "world", "w")
+    assert run.returncode == 0 and "RUN -m experiments.tiny_world report w w/run" in run.stdout
+    assert "RUN deepspeed --quiet" in run.stdout
+    kept, lock = tmp_path / "w" / "run" / "kept", tmp_path / "w" / "run" / "lock"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    assert t.run_sh(tmp_path, "world", "w")[0].returncode == 0 and kept.exists()
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run, _ = t.run_sh(tmp_path, "world", "w")
+        assert run.returncode == 2 and kept.exists()
+        assert "run.sh: another job is running in w/run" in run.stdout
+    assert t.run_sh(tmp_path, "world", "w")[0].returncode == 0 and not kept.exists()
 
 
 @pytest.fixture(scope="session")
