@@ -91,10 +91,9 @@ PRINCIPLE = (  # the content of the paper's (app. C), in our own words
 )
 
 
-def option(default, text: str):
-    """A field of Config. Where its text for --help cites no source, the default is our choice."""
-    source = "" if default in (MISSING, None) or "(" in text else " (our choice)"
-    return field(default=default, metadata={"help": text + source})
+def option(default, text: str, source="our choice"):
+    """A field of Config, its text for --help, and where its default is from."""
+    return field(default=default, metadata={"help": f"{text} ({source})."})
 
 
 @dataclass
@@ -102,33 +101,33 @@ class Config:
     """The command line: every field is an option of the same name."""
 
     # What is contrasted with what.
-    model: str = option(MISSING, "Model to align, a hub id or a folder.")
-    principle: str | None = option(None, "Text that pi_plus is shown; has a default (sec. 4.2).")
-    positive_model: str | None = option(None, "pi_plus; then no principle by default (sec. 5.3).")
-    negative_model: str | None = option(None, "pi_0, if not --model; pi_plus's default (sec. 5.3).")
-    alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond (sec. 5).")
-    plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best.")
+    model: str = option(MISSING, "Model to align, a hub id or a folder", "required")
+    principle: str | None = option(None, "Text that pi_plus is shown; has a default", "sec. 4.2")
+    negative_model: str | None = option(None, "pi_0 if not --model", "sec. 5.3")
+    positive_model: str | None = option(None, "pi_plus if not pi_0; principle optional", "sec. 5.3")
+    alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond", "sec. 5")
+    plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best")
     # Prompts and responses.
-    data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated (sec. 5.1).")
-    eval_data: str | None = option(None, "Held-out prompts; eval_kl is measured before each epoch.")
-    eval_samples: int = option(100, "Prompts drawn from --eval_data.")
-    max_prompt_tokens: int = option(1024, "Limit of a prompt, principle included.")
-    max_new_tokens: int = option(1024, "Limit of a response (app. A).")
-    temperature: float = option(1.0, "Temperature of sampling.")
+    data: str = option("Anthropic/hh-rlhf", "Hub data sets or files, comma-separated", "sec. 5.1")
+    eval_data: str | None = option(None, "Held-out prompts; eval_kl is measured before each epoch")
+    eval_samples: int = option(100, "Prompts drawn from --eval_data")
+    max_prompt_tokens: int = option(1024, "Limit of a prompt, principle included")
+    max_new_tokens: int = option(1024, "Limit of a response", "app. A")
+    temperature: float = option(1.0, "Temperature of sampling")
     # Training, its memory and its files.
-    epochs: int = option(15, "Rounds of sampling and fitting (sec. 5).")
-    samples_per_epoch: int = option(500, "Prompts answered in an epoch (sec. 5).")
-    batch_size: int = option(16, "Samples of an optimizer step (2 on each of 8 GPUs, app. A).")
-    learning_rate: float = option(1e-6, "Constant rate of AdamW (sec. 5).")
-    seed: int = option(0, "Seed of the choice of prompts and of sampling.")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Type of the weights.")
-    micro_batch_tokens: int = option(4096, "Padded tokens of the policy's forward pass.")
-    activation_checkpointing: bool = option(True, "Recompute layers to save memory.")
-    gpu_memory_utilization: float = option(0.5, "Share of GPU memory for vLLM.")
-    tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine.")
-    ds_config: str = option(f"{Path(__file__).parent}/ds_config.json", "DeepSpeed's own settings.")
-    output_dir: str = option("out", "Output folder; a run found in it is resumed.")
-    save_every: int = option(1, "Save every so many epochs.")
+    epochs: int = option(15, "Rounds of sampling and fitting", "sec. 5")
+    samples_per_epoch: int = option(500, "Prompts answered in an epoch", "sec. 5")
+    batch_size: int = option(16, "Samples of an optimizer step", "2 on each of 8 GPUs, app. A")
+    learning_rate: float = option(1e-6, "Constant rate of AdamW", "sec. 5")
+    seed: int = option(0, "Seed of the choice of prompts and of sampling")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Type of the weights")
+    micro_batch_tokens: int = option(4096, "Padded tokens of the policy's forward pass")
+    activation_checkpointing: bool = option(True, "Recompute layers to save memory")
+    gpu_memory_utilization: float = option(0.5, "Share of GPU memory for vLLM")
+    tensor_parallel_size: int = option(1, "GPUs that share one vLLM engine")
+    ds_config: str = option(f"{Path(__file__).parent}/ds_config.json", "DeepSpeed's own settings")
+    output_dir: str = option("out", "Output folder; a run found in it is resumed")
+    save_every: int = option(1, "Save every so many epochs")
 
     def __post_init__(self):
         check_options(self)
@@ -189,29 +188,30 @@ class SoftLabelLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=wide)  # [V, d]
             grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)  # [V]
 
-        for start in range(0, len(h), chunk):
-            rows = slice(start, start + chunk)
-            log_pi_hat = labels(rows)  # [C, V], C <= chunk
-            log_pi_theta = logits(h[rows], weight, bias).log_softmax(-1)  # [C, V]
-            pi_hat = log_pi_hat.exp()
-            cross_entropy -= torch.linalg.vecdot(pi_hat, log_pi_theta).sum()
-            entropy -= torch.linalg.vecdot(pi_hat, log_pi_hat).sum()
-            log_pi_tokens[rows] = log_pi_theta.gather(-1, tokens[rows, None]).squeeze(-1)
-            if not fit:
-                continue
+        with torch.autocast(h.device.type, enabled=False):  # It would round the products.
+            for start in range(0, len(h), chunk):
+                rows = slice(start, start + chunk)
+                log_pi_hat = labels(rows)  # [C, V], C <= chunk
+                log_pi_theta = logits(h[rows], weight, bias).log_softmax(-1)  # [C, V]
+                pi_hat = log_pi_hat.exp()
+                cross_entropy -= torch.linalg.vecdot(pi_hat, log_pi_theta).sum()
+                entropy -= torch.linalg.vecdot(pi_hat, log_pi_hat).sum()
+                log_pi_tokens[rows] = log_pi_theta.gather(-1, tokens[rows, None]).squeeze(-1)
+                if not fit:
+                    continue
 
-            # In place, because [C, V] is large. The factor 1/N comes with backward()'s scale.
-            pi_theta = log_pi_theta.exp_()
-            grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
-            del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
-            if bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(h.dtype)
-            grad_h[rows] = matmul(grad_logits, weight)
-            if h.dtype == wide:  # addmm_() adds the product without a [V, d] tensor for it.
-                grad_weight.addmm_(grad_logits.t(), h[rows])
-            else:
-                grad_weight += matmul(grad_logits.t(), h[rows])
+                # In place, because [C, V] is large. The factor 1/N comes with backward()'s scale.
+                pi_theta = log_pi_theta.exp_()
+                grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
+                del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
+                if bias is not None:
+                    grad_bias += grad_logits.sum(0)
+                grad_logits = grad_logits.to(h.dtype)
+                grad_h[rows] = matmul(grad_logits, weight)
+                if h.dtype == wide:  # addmm_() adds the product without a [V, d] tensor for it.
+                    grad_weight.addmm_(grad_logits.t(), h[rows])
+                else:
+                    grad_weight += matmul(grad_logits.t(), h[rows])
         if fit:
             gradients = grad_h, grad_weight, grad_bias
             ctx.gradients = [None if g is None else g.to(h.dtype) for g in gradients]
@@ -247,7 +247,7 @@ def turns_of(conversation: str | Messages, speaker: str):
 
 
 def prompt_of(record) -> Messages:
-    """The prompt in a record, which ends with a user's turn, or [] if it has none: its `prompt` or
+    """The prompt of a record, which ends with a user's turn, or [] if there is none: `prompt` or
     `messages`, or else the first turns, as far as `chosen` and `rejected` share them (sec. 5.1).
     Two plain texts are two replies, and share no prompt."""
     conversation = record.get("prompt", record.get("messages"))
@@ -295,7 +295,8 @@ VICUNA_TEMPLATE = (
 def default_text(plain: str, probe: str) -> str:
     """What stands in `plain` in place of the "<S>" in `probe`, if the rest is equal but for white
     space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
-    pattern = r"\s*".join(map(re.escape, "".join(probe.split())))  # with any white space or none
+    pattern = r"\s*".join(map(re.escape, "".join(probe.split())))
+    # The first <S> stands for the text; any further one has to be the same text again.
     pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
     match = re.fullmatch(rf"\s*{pattern}\s*", plain, re.DOTALL)
     return match[1] if match else ""
@@ -313,7 +314,7 @@ class Chat:
             say("There is no chat template: the format of prompts is Vicuna's")
             tokenizer.chat_template = VICUNA_TEMPLATE
         # What the template does with a system message shows in what it renders.
-        self.has_system = True  # until that shows otherwise
+        self.has_system = True  # Until then render() leaves system messages alone.
         question = {"role": "user", "content": "<Q>"}
         plain = self.render([question])
         check("<Q>" in plain, "the chat template of --model does not show the text of a user turn")
@@ -348,7 +349,7 @@ class Chat:
 
     def shorten(self, messages: Messages, limit: int) -> Messages:
         """The messages without the oldest turns, so that both contexts have at most `limit` tokens.
-        A system text stays. UserError if this leaves none, or if the template refuses them."""
+        A system text stays. UserError, with the reason, if none is left or the template fails."""
         check(messages, "without a prompt")
         while True:
             contexts = self.ids(messages), self.ids(self.with_principle(messages))
@@ -406,7 +407,7 @@ class Sampler:
         self.llm.sleep(level=2)  # Level 2 frees the weights too. On a CPU it does nothing.
         torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
 
-        # vLLM only warns when a reload leaves weights out, which then hold garbage.
+        # Weights that a reload leaves out hold garbage, of which vLLM only warns: make it an error.
         def refuse(record):
             raise UserError(f"vLLM did not get all weights of the policy: {record.getMessage()}")
 
@@ -415,7 +416,8 @@ class Sampler:
         log.addFilter(refuse)
 
     def load(self, weights):
-        """Collective: wake up, and load the policy's weights, (name, whole tensor) of each."""
+        """Collective: wake up, and load the policy's weights, (name, whole tensor) of each, as an
+        iterator, which vLLM can be given because its worker is this process."""
 
         def repack(model):  # On a CPU vLLM keeps a packed copy of a tied output layer.
             for layer in model.modules():
@@ -469,9 +471,7 @@ def final_states(body, pairs) -> Tensor:
     inputs = [torch.tensor((x + y)[:-1]) for x, y in pairs]
     ids = nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(body.device)  # [B, S]
     h = body(input_ids=ids, use_cache=False).last_hidden_state  # [B, S, d]
-    rows = []
-    for (x, y), states in zip(pairs, h, strict=True):
-        rows.append(states[len(x) - 1 :][: len(y)])
+    rows = [states[len(x) - 1 :][: len(y)] for (x, y), states in zip(pairs, h, strict=True)]
     return torch.cat(rows)  # [T, d]
 
 
@@ -482,10 +482,10 @@ def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
     for key, value in vars(config.get_text_config()).items():
-        if "drop" in key and isinstance(value, float):  # Fit the policy that sampled.
+        if "drop" in key and isinstance(value, float):  # vLLM samples without dropout.
             setattr(config.get_text_config(), key, 0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
-    # Anew, because zero.Init has rounded the rotary frequencies: by radians at position 1,000.
+    # zero.Init has rounded the rotary frequencies, by radians at position 1,000: make them anew.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -493,8 +493,8 @@ def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
 
 
 def unpatched(llm):
-    """A context in which transformers' models are free of vLLM's patches: vLLM 0.32.0 patches
-    their class where it has no code of its own. Compilation mode 0 switches that off."""
+    """A context to build transformers' models in. vLLM 0.32.0 patches the classes of those that it
+    has no code of its own for, and compilation mode 0 switches the patches off."""
     from vllm.config import set_current_vllm_config
 
     # Not deepcopy(): the config leads to the KV cache, and memory that sleeps cannot be read.
@@ -507,22 +507,22 @@ def unpatched(llm):
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build. Another teacher takes its place
-    in train(): called with samples, possibly none, it returns SoftLabelLoss's labels, made without
-    gradients. These make no collective calls, because ranks have different numbers of chunks."""
+    because each chunk of the loss needs them. Collective to build and to call. Another teacher goes
+    in its place in train(): for samples, or for none, it returns SoftLabelLoss's labels, made
+    without gradients. These are not collective, because ranks have different numbers of chunks."""
 
     def __init__(self, cfg: Config, ds_config):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
         frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
-        self.cfg, self.frozen = cfg, []  # (body, head) of pi_0, and of pi_plus if it is another
+        self.cfg, self.frozen = cfg, []  # (body, head) of pi_0, and of pi_plus if another
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
             body = model.base_model.requires_grad_(False).eval()
-            engine, *_ = deepspeed.initialize(model=body, config=frozen_config)
-            head = model.get_output_embeddings()
-            with deepspeed.zero.GatheredParameters(list(head.parameters())):
-                whole = [p if p is None else p.data.clone() for p in (head.weight, head.bias)]
-            self.frozen.append((engine, whole))
+            body, *_ = deepspeed.initialize(model=body, config=frozen_config)
+            layer = model.get_output_embeddings()
+            with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+                head = [p if p is None else p.data.clone() for p in (layer.weight, layer.bias)]
+            self.frozen.append((body, head))
 
     @torch.no_grad()
     def __call__(self, samples: list[Sample]):
@@ -596,15 +596,15 @@ def deal(lengths: list[int], ranks: int, budget: int):
 
 
 # -------------------------------------------------------------------------------------- Training --
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # of sampler_gap in an epoch's first step: rounding
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # more than rounding makes of sampler_gap
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
-    """Collective: compare pi_theta with pi_hat on samples, which are the same on all ranks and are
-    divided among them here. With `fit`, leave the gradient of L in the engine. Returns the loss
-    H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over the response tokens of
-    all ranks in nats, and the count of samples and tokens."""
-    ranks, tokens = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
+    """Collective: a forward of pi_theta and pi_hat on samples, which are the same on all ranks and
+    are divided among them here; with `fit` also the backward, which leaves the gradient of L in the
+    engine. Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over
+    the response tokens of all ranks in nats, and the numbers of samples and tokens."""
+    ranks, N = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
     lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for micro_step in deal(lengths, ranks, budget):
@@ -614,12 +614,12 @@ def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
         if fit:
             # L is the sum over micro-batches and ranks, divided by N. DeepSpeed sums over the
             # micro-batches up to step(), but averages over the ranks.
-            engine.backward(cross_entropy * (ranks / tokens))
+            engine.backward(cross_entropy * (ranks / N))
         sums += torch.stack([cross_entropy.detach(), entropy, gap.double()])
     dist.all_reduce(sums)
-    loss, entropy, gap = (sums / tokens).tolist()
+    loss, entropy, gap = (sums / N).tolist()
     record = {"loss": loss, "kl": loss - entropy, "sampler_gap": gap}
-    return record | {"samples": len(samples), "tokens": tokens}
+    return record | {"samples": len(samples), "tokens": N}
 
 
 def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf):
@@ -697,8 +697,6 @@ def train(cfg: Config):
 
 
 # The method ends here. What follows is the job around it: files, ranks, signals and checks.
-
-
 # ----------------------------------------------------------------------------------------- Input --
 def data_files(data: str, split: str):
     """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
@@ -755,9 +753,9 @@ def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
 
 # ----------------------------------------------------------------------------------------- Files --
 class Run:
-    """What a run leaves under --output_dir. Rank 0 writes files and model/ under other names first,
-    so no kill leaves half of one. Collective to open: a run is resumed after the epoch that
-    state/done.json names, from DeepSpeed's checkpoint of it."""
+    """What a run leaves under --output_dir. Rank 0 renames files and model/ once they are whole, so
+    no kill leaves half of one. Collective to open: a run is resumed after the epoch that
+    state/done.json names, from DeepSpeed's checkpoint of it, and what came later is dropped."""
 
     def __init__(self, cfg: Config, prompts: list[Messages]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
@@ -961,7 +959,7 @@ def check_options(cfg: Config):
 
 def deepspeed_config(cfg: Config):
     """--ds_config, with what is decided here filled in; a file that sets any of it is refused."""
-    owned = {  # The batch sizes are nominal: deal() and optimizer_step() make the real ones.
+    owned = {  # The batch sizes are nominal: train() and deal() make the real ones.
         "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,  # Gradients add up until step().
@@ -978,13 +976,15 @@ def deepspeed_config(cfg: Config):
     return config | owned
 
 
-def memory_needs(cfg: Config, config, weights: int, ranks: int, offload: bool):
-    """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs.
-    config and the number of weights are the policy's; frozen models are taken to be as large."""
+def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
+    """Estimates of GB on each GPU: what training keeps, fitting adds, and sampling needs. zero is
+    DeepSpeed's zero_optimization; frozen models are taken to be as large as the policy."""
     size, frozen = getattr(torch, cfg.dtype).itemsize, len({cfg.negative_model, cfg.positive_model})
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
-    # For each weight 16 bytes more: gradient, AdamW's two moments and a master copy, in float32.
-    state = size * (1 + frozen) + (0 if offload else 16)
+    # Bytes per weight: in all models, and its gradient, AdamW's moments and master copy in float32.
+    bytes_of = {"offload_param": size * (1 + frozen), "offload_optimizer": 16}
+    here = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
+    state = sum(bytes_of[key] for key in here)
     keeps = state * weights / ranks + size * frozen * head + 5e9  # CUDA, graphs, buckets
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
     # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
@@ -1000,8 +1000,8 @@ def check_memory(cfg: Config, ds_config):
     config = transformers.AutoConfig.from_pretrained(cfg.model)
     with torch.device("meta"):
         weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-    ranks, offload = dist.get_world_size(), "offload_optimizer" in ds_config["zero_optimization"]
-    needs = memory_needs(cfg, config.get_text_config(), weights, ranks, offload)
+    ranks, zero = dist.get_world_size(), ds_config["zero_optimization"]
+    needs = memory_needs(cfg, config.get_text_config(), weights, ranks, zero)
     text = "{:.1f} GB always, and {:.1f} more to fit or {:.1f} to sample".format(*needs)
     say(f"Inverse-Q* in {cfg.dtype} on {ranks} rank(s), each of which needs about {text}")
     if torch.cuda.is_available():
@@ -1067,13 +1067,13 @@ def main(run=train, options=(Config,)):
     defaults |= {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "FLASHINFER_LOGGING_LEVEL": "error"}
     os.environ.update(defaults | {"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ)
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
-    warnings.filterwarnings("ignore", r"`torch\.distributed|barrier")  # about what others call
+    warnings.filterwarnings("ignore", r"`torch\.distributed|barrier")  # that libraries cause
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # Never offer to run a model's code.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--local_rank", help=SUPPRESS)  # DeepSpeed's launcher adds it.
-    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # local_rank
+    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # but local_rank
 
 
 if __name__ == "__main__":

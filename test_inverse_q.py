@@ -263,17 +263,22 @@ def test_memory_and_products_of_the_loss(fit, products):
 
 
 def test_the_core_needs_torch_alone():
-    """Its section of the file runs where nothing else was imported."""
+    """Its section of the file runs where nothing else was imported, and as well under autocast."""
     _, core = re.split(r"# -+ The core, .* --\n", (HERE / "inverse_q.py").read_text())
     core = re.split(r"# -+ Data --\n", core)[0]
     pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Callable": Callable}
     exec(core, pasted)
-    h, weight = some_logits(6, 5, 3, 1.0).requires_grad_(), some_logits(11, 5, 4, 1.0)
-    labels = pasted["superior_policy"](some_logits(seed=1), some_logits(seed=2), 1.4, 0.1)
+    h, weight = some_logits(6, 5, 3, 1.0).float().requires_grad_(), some_logits(11, 5, 4, 1.0)
+    z_0, z_plus = some_logits(seed=1).float(), some_logits(seed=2).float()
     tokens = torch.tensor([3, 0, 10, 7, 7, 1])
-    pasted["SoftLabelLoss"].apply(h, weight, None, lambda rows: labels[rows], tokens)[0].backward()
-    (expected,) = torch.autograd.grad(oracle_loss(h @ weight.t(), labels)[0], h)
-    torch.testing.assert_close(h.grad, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        labels = pasted["superior_policy"](z_0, z_plus, 1.4, 0.1)
+        arguments = h, weight.float(), None, lambda rows: labels[rows], tokens
+        loss, *_ = pasted["SoftLabelLoss"].apply(*arguments)
+        loss.backward()
+    expected, _ = oracle_loss(h.double() @ weight.t(), labels.double())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(h.grad, torch.autograd.grad(expected, h)[0])
 
 
 # ------------------------------------------------------------------ Tests: the theory, on a tree --
@@ -1197,25 +1202,27 @@ def test_options_that_make_no_sense(name, values):
 
 
 @pytest.mark.parametrize(
-    "weights, layers, d, vocabulary, ranks, offload, expected",
+    "weights, layers, d, vocabulary, ranks, expected",
     [
-        (3.09e9, 36, 2048, 151936, 1, False, [67.4, 6.0, 8.2]),  # On 80 GB, 0.15 is left for vLLM.
-        (6.74e9, 32, 4096, 32000, 8, False, [22.1, 5.0, 15.5]),
-        (6.74e9, 32, 4096, 32000, 8, True, [8.6, 5.0, 15.5]),
-        (13.0e9, 40, 5120, 32000, 8, False, [37.8, 6.0, 28.0]),
+        (3.09e9, 36, 2048, 151936, 1, [67.4, 6.0, 8.2]),  # On 80 GB, 0.15 is left for vLLM.
+        (6.74e9, 32, 4096, 32000, 8, [22.1, 5.0, 15.5]),
+        (13.0e9, 40, 5120, 32000, 8, [37.8, 6.0, 28.0]),
     ],
 )
-def test_memory_needs(weights, layers, d, vocabulary, ranks, offload, expected):
+def test_memory_needs(weights, layers, d, vocabulary, ranks, expected):
     """GB from which the README's table follows. Of 7B, 17 are 20 bytes a weight on 8 ranks."""
     config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=vocabulary)
 
-    def needs(**options):
-        return q.memory_needs(q.Config("m", **options), config, weights, ranks, offload)
+    def needs(zero=None, **options):
+        return q.memory_needs(q.Config("m", **options), config, weights, ranks, zero or {})
 
     got = needs()
     assert got == pytest.approx(expected, abs=0.06)
-    moments = 0 if offload else 16
-    assert got[0] == pytest.approx((4 + moments) * weights / ranks / 1e9 + 5, abs=0.7)
+    assert got[0] == pytest.approx(20 * weights / ranks / 1e9 + 5, abs=0.7)
+    for key, moved in (("offload_optimizer", 16), ("offload_param", 4)):
+        less = [got[0] - moved * weights / ranks / 1e9, *got[1:]]
+        assert needs({key: {"device": "cpu"}}) == pytest.approx(less)
+        assert needs({key: {"device": "none"}}) == needs({key: None}) == needs({key: {}}) == got
     two_frozen = needs(positive_model="b")[0] - got[0]
     assert two_frozen == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
     kept = (34 + 2 * layers) * 2048 * d * 1e-9  # a layer, and the inputs of all
@@ -1237,7 +1244,7 @@ def test_memory_needs_are_near_what_an_h200_showed(weights, layers, d, kept, fit
     """GB of models of Qwen2.5's shapes: all that was taken while vLLM slept, and what PyTorch had
     in use beyond that at the peak of a step. AdamW's moments are added where none were yet."""
     config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=151936)
-    got_kept, got_fitted, _ = q.memory_needs(q.Config("m"), config, weights, 1, False)
+    got_kept, got_fitted, _ = q.memory_needs(q.Config("m"), config, weights, 1, {})
     assert got_kept == pytest.approx(kept, abs=1.5)
     assert got_fitted == pytest.approx(fitted, abs=1.7)
 
@@ -1484,8 +1491,14 @@ def make_toy(folder):
     config["gradient_clipping"] = 0.5
     config["csv_monitor"] = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "x"}
     (folder / "ds.json").write_text(json.dumps(config))
-    config["zero_optimization"]["leaf_module"] = {"classes": ["LlamaDecoderLayer"]}
-    (folder / "leaf.json").write_text(json.dumps(config))
+    on_cpu = {"device": "cpu"}
+    changes = {
+        "leaf": {"leaf_module": {"classes": ["LlamaDecoderLayer"]}},  # a layer at a time
+        "offload": {"offload_param": on_cpu, "offload_optimizer": on_cpu},
+    }
+    for name, change_of in changes.items():
+        changed = {**config, "zero_optimization": config["zero_optimization"] | change_of}
+        (folder / f"{name}.json").write_text(json.dumps(changed))
     return folder
 
 
@@ -1564,11 +1577,11 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
 @pytest.mark.parametrize(
     "ranks, option, ds_config",
     [
-        (1, "--activation_checkpointing=false", "ds.json"),
-        (2, "--tensor_parallel_size=2", "leaf.json"),  # ZeRO-3 handles a layer at a time.
+        (1, "--activation_checkpointing=false", "offload.json"),
+        (2, "--tensor_parallel_size=2", "leaf.json"),
     ],
 )
-def test_ranks_checkpointing_tensor_parallel_sampling_and_leaf_modules_change_no_run(
+def test_ranks_checkpointing_tensor_parallel_sampling_leaf_modules_and_offloading_change_no_run(
     toy, run_2, tmp_path, ranks, option, ds_config
 ):
     options = (option, "--save_every", 9, "--ds_config", toy / ds_config)

@@ -34,7 +34,7 @@ from experiments.tiny_world import BLUE, ORANGE, tint, write_jsonl
 class Credit:
     """The option of the first command, beside those of training."""
 
-    samples: int = q.option(0, "Responses that are shown in the terminal, too.")
+    samples: int = q.option(0, "Responses that are shown in the terminal, too")
 
 
 # ------------------------------------------------------------------ Responses and their policies --

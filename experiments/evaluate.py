@@ -88,17 +88,17 @@ def files_or_models(text):
 class OneSource(q.Config):
     """The options of training, where all prompts come from --data."""
 
-    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data.")
-    eval_samples: int = q.option(100, "Prompts drawn from --data.")
+    eval_data: str | None = q.option(None, "Refused here: prompts are drawn from --data")
+    eval_samples: int = q.option(100, "Prompts drawn from --data")
 
 
 @dataclasses.dataclass
 class Settings(OneSource):
     """Those of training, which need no model where answers are there already."""
 
-    model: str | None = q.option(None, "Model to compare, a hub id or a folder.")
-    output_dir: str = q.option("out/evaluation", "Folder for what is written.")
-    trust_remote_code: bool = q.option(False, "Run code of the reward model's repository.")
+    model: str | None = q.option(None, "Model to compare, a hub id or a folder")
+    output_dir: str = q.option("out/evaluation", "Folder for what is written")
+    trust_remote_code: bool = q.option(False, "Run code of the reward model's repository")
 
 
 @dataclasses.dataclass
@@ -106,15 +106,15 @@ class Evaluation:
     """Options of this command, beside those of training."""
 
     against: list[str] = files_or_models("Models to compare --model with, NAME or NAME+principle.")
-    all_pairs: bool = q.option(False, "Compare each of all these with every other (table 1).")
+    all_pairs: bool = q.option(False, "Compare each of all these with every other", "table 1")
     verdicts: list[str] = files_or_models("Files of verdicts to take together; asks no judge.")
-    judge: bool = q.option(True, "Ask a judge; with --no_judge, --reward_model compares alone.")
-    judge_url: str = q.option(OPENAI, "OpenAI-compatible server; $OPENAI_API_KEY is its key.")
-    judge_model: str = q.option("gpt-4-turbo", "The judge's name there (app. B).")
-    judge_template: str | None = q.option(None, "File with another request to the judge.")
-    judge_both_orders: bool = q.option(False, "Ask twice; verdicts that differ are a tie.")
-    reward_model: str | None = q.option(None, "Sequence classifier that scores answers (fig. 6).")
-    run: str | None = q.option(None, "Run whose held-out answers --reward_model scores (fig. 6).")
+    judge: bool = q.option(True, "Ask a judge; with --no_judge, --reward_model compares alone")
+    judge_url: str = q.option(OPENAI, "OpenAI-compatible server; $OPENAI_API_KEY is its key")
+    judge_model: str = q.option("gpt-4-turbo", "The judge's name there", "app. B")
+    judge_template: str | None = q.option(None, "File with another request to the judge")
+    judge_both_orders: bool = q.option(False, "Ask twice; verdicts that differ are a tie")
+    reward_model: str | None = q.option(None, "Sequence classifier that scores answers", "fig. 6")
+    run: str | None = q.option(None, "Run whose held-out answers --reward_model scores", "fig. 6")
 
 
 def prepare(cfg):
