@@ -28,8 +28,7 @@ WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. b
 
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
 mean of KL(pi_hat || pi_theta) over the tokens of the samples. A state is worth the reward of its
-prefix, because the probabilities of its continuations sum to 1; so no critic is learnt. Lemma 4.1,
-by which mixing pi_hat into pi_theta never lowers J, is about whole responses, not about tokens.
+prefix, because the probabilities of its continuations sum to 1; so no critic is learnt.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and no top_p, because the loss is an expectation under the policy (as it
@@ -293,10 +292,9 @@ VICUNA_TEMPLATE = (
 
 
 def default_text(plain: str, probe: str) -> str:
-    """What stands in `plain` in place of the "<S>" in `probe`, if the rest is equal but for white
-    space; else "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    """The text in `plain` where `probe` has "<S>", the same one at each "<S>", if all else is equal
+    but for white space; otherwise "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
     pattern = r"\s*".join(map(re.escape, "".join(probe.split())))
-    # The first <S> stands for the text; any further one has to be the same text again.
     pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
     match = re.fullmatch(rf"\s*{pattern}\s*", plain, re.DOTALL)
     return match[1] if match else ""
@@ -416,8 +414,7 @@ class Sampler:
         log.addFilter(refuse)
 
     def load(self, weights):
-        """Collective: wake up, and load the policy's weights, (name, whole tensor) of each, as an
-        iterator, which vLLM can be given because its worker is this process."""
+        """Collective: wake up, and load the policy's weights, (name, whole tensor) of each."""
 
         def repack(model):  # On a CPU vLLM keeps a packed copy of a tied output layer.
             for layer in model.modules():
@@ -894,7 +891,10 @@ def join_ranks():
     gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
     check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(timeout=timedelta(hours=12))  # Others wait while rank 0 reads.
+    # Objects go over gloo: ranks wait in it while rank 0 reads, and fail at once if that dies. Not
+    # DeepSpeed's own call, which binds the group to GPUs: vLLM's groups would be splits of it then.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=12))
+    deepspeed.init_distributed()
     sys.excepthook = end_at_once  # PyTorch has replaced it.
 
 
@@ -985,7 +985,8 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
     bytes_of = {"offload_param": size * (1 + frozen), "offload_optimizer": 16}
     here = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
     state = sum(bytes_of[key] for key in here)
-    keeps = state * weights / ranks + size * frozen * head + 5e9  # CUDA, graphs, buckets
+    other = 5e9 if ranks == 1 else 7e9  # CUDA, graphs and buckets, measured; and NCCL, guessed
+    keeps = state * weights / ranks + size * frozen * head + other
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
     # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
@@ -1006,12 +1007,11 @@ def check_memory(cfg: Config, ds_config):
     say(f"Inverse-Q* in {cfg.dtype} on {ranks} rank(s), each of which needs about {text}")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
-        text += f", of {total:.1f} GB"
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
-        check(needs[0] + max(needs[1:]) <= total, f"{text}: {less}")
+        check(needs[0] + max(needs[1:]) <= total, f"{text}, of {total:.1f} GB: {less}")
         least, most = needs[2] / total, 1 - needs[0] / total
         fits = f"--gpu_memory_utilization from {least + 0.0005:.3f} to {most - 0.0005:.3f}"
-        check(least <= cfg.gpu_memory_utilization <= most, f"{text}: set {fits}")
+        check(least <= cfg.gpu_memory_utilization <= most, f"{text}, of {total:.1f} GB: set {fits}")
 
 
 def load_tokenizer(cfg: Config):

@@ -185,9 +185,7 @@ def respond(path):
     # Where a principle is to be shown, the prompt has it.
     chat = q.Chat(q.load_tokenizer(cfg), None)
     sampler = q.Sampler(cfg, chat)
-    sampler.llm.wake_up(tags=["weights"])
-    sampler.llm.collective_rpc("reload_weights")  # those on disk
-    sampler.llm.wake_up(tags=["kv_cache"])
+    sampler.load(None)  # those on disk
     samples = sampler.sample(request["prompts"], "evaluation")
     Path(path).write_text(json.dumps([dataclasses.asdict(sample) for sample in samples]))
 

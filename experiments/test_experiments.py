@@ -648,11 +648,20 @@ def test_models_are_compared_end_to_end(judge_server, toy, tmp_path):
     verdicts; with some in their place, a second run asks neither again."""
     out = tmp_path / "out"
     template = t.write(tmp_path / "template.txt", "{conversation} {first} {second} [[A]]?")
-    words = ["--against", toy / "b", f"{toy / 'a'}+principle", "--eval_samples", 3]
+    words = ["--against", toy / "tied", f"{toy / 'a'}+principle", "--eval_samples", 3]
     words += ["--judge_template", template, "--judge_model", toy / "b"]
     words += ["--judge_url", f"http://127.0.0.1:{judge_server}/v1"]
     first = t.Job(1, compare, t.settings(toy, out, *words)).result(check=False)
     assert first.stdout.count("responds to 3 prompts") == 3
+    models, gaps = [t.load_float64(toy / name) for name in ("a", "tied")], []
+    for path in (out / "responses").iterdir():
+        for s in json.loads(path.read_text()):
+            said, ids = torch.tensor(s["log_probs"]), (s["prompt_ids"], s["response_ids"])
+            with torch.no_grad():
+                log_pis = [t.oracle_log_probs(t.oracle_logits(m, *ids), ids[1]) for m in models]
+            gaps.append([(log_pi - said).abs().max() for log_pi in log_pis])
+    near = torch.tensor(gaps) < 1e-4
+    assert near.sum(0).tolist() == [6, 3] and near.any(1).all()  # who responds is who was asked
     assert "UserError: --judge_model" in first.stderr and "no verdict on any game" in first.stderr
     replies = (out / "judged.jsonl").read_text()
     assert replies.count('"winner": "none"') == 6
