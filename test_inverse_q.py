@@ -1270,6 +1270,15 @@ def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, mo
         run(6.0, 0.1)
 
 
+def test_defaults_are_the_papers_and_those_in_the_readme():
+    cfg, readme = q.Config("m"), (HERE / "README.md").read_text()
+    assert (cfg.alpha, cfg.plausibility, cfg.temperature) == (1.4, 0.0, 1.0)
+    assert (cfg.epochs, cfg.samples_per_epoch, cfg.batch_size) == (15, 500, 16)
+    assert (cfg.learning_rate, cfg.max_new_tokens, cfg.data) == (1e-6, 1024, "Anthropic/hh-rlhf")
+    rows = re.findall(r"^\| `--(\w+)` \| ([\w.]+) \|", readme, re.MULTILINE)
+    assert len(rows) == 4 and all(str(getattr(cfg, name)) == value for name, value in rows), rows
+
+
 @pytest.mark.parametrize("gpus, backend", [(0, "gloo"), (1, "cpu:gloo,cuda:nccl")])
 def test_what_objects_and_tensors_go_over(monkeypatch, gpus, backend):
     """With both, PyTorch takes the CPU's for objects. No device is bound."""
