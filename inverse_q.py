@@ -28,7 +28,7 @@ WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. b
 
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
 mean of KL(pi_hat || pi_theta) over the tokens of the samples. A state is worth the reward of its
-prefix, because the probabilities of its continuations sum to 1; so no critic is learnt.
+prefix, because pi_hat sums to 1 over its continuations; so no critic is learnt.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Sampling   Temperature 1 and no top_p, because the loss is an expectation under the policy (as it
@@ -102,8 +102,8 @@ class Config:
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder", "required")
     principle: str | None = option(None, "Text that pi_plus is shown; has a default", "sec. 4.2")
-    negative_model: str | None = option(None, "pi_0 if not --model", "sec. 5.3")
-    positive_model: str | None = option(None, "pi_plus if not pi_0; principle optional", "sec. 5.3")
+    negative_model: str | None = option(None, "pi_0, else --model", "sec. 5.3")
+    positive_model: str | None = option(None, "pi_plus, else pi_0; principle optional", "sec. 5.3")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond", "sec. 5")
     plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best")
     # Prompts and responses.
@@ -147,7 +147,7 @@ def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: flo
     z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
         threshold = z_plus.amax(-1, keepdim=True) + math.log(plausibility)
-        # The lowest finite number, because the entropy multiplies it by 0, and 0 * -inf is nan.
+        # The lowest finite number, because a loss multiplies it by pi_hat = 0, and 0 * -inf is nan.
         z_hat = z_hat.masked_fill(z_plus < threshold, torch.finfo(z_hat.dtype).min)
     return z_hat.log_softmax(-1)
 
@@ -171,8 +171,8 @@ class SoftLabelLoss(torch.autograd.Function):
     h [T, d] holds the policy's final hidden states at the positions that predict the response
     tokens, tokens [T]; weight [V, d] and bias [V] or None are the output layer; labels is a
     function from a slice of C tokens to finite log pi_hat, [C, V]. Returns H(pi_hat, pi_theta)
-    and H(pi_hat), both summed over the tokens, in nats; their difference is KL(pi_hat || pi_theta);
-    and log pi_theta(a_t|s_t), [T]. Only the first has a gradient, if h requires one, and for one
+    and H(pi_hat), summed over the tokens, in nats (their difference is KL(pi_hat || pi_theta)), and
+    log pi_theta(a_t|s_t), [T]. Only the first has a gradient, if h requires one, and for one
     backward pass. It is made together with the loss, so that no [T, V] tensor ever exists."""
 
     @staticmethod
@@ -222,7 +222,7 @@ class SoftLabelLoss(torch.autograd.Function):
         # Scaled in place, and no reference is kept, so that autograd makes them .grad uncopied.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.mul_(scale) for g in gradients)
-        return *scaled, None, None, None
+        return *scaled, None, None, None  # none for labels, tokens and chunk
 
 
 # ------------------------------------------------------------------------------------------ Data --
@@ -263,7 +263,7 @@ def prompt_of(record) -> Messages:
     # system turn mid-dialogue, so it becomes part of a user turn.
     prompt = []
     for role, text in turns:
-        last = prompt[-1]["role"] if prompt else "system"  # An empty prompt counts as system.
+        last = prompt[-1]["role"] if prompt else "system"  # At the start as after a system text.
         if role == "system" and last != "system":
             role = "user"
         if not text or (role == "assistant" and last == "system"):
@@ -292,8 +292,8 @@ VICUNA_TEMPLATE = (
 
 
 def default_text(plain: str, probe: str) -> str:
-    """The text in `plain` where `probe` has "<S>", the same one at each "<S>", if all else is equal
-    but for white space; otherwise "". For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    """What each "<S>" in `probe` has to be replaced with to give `plain`, white space aside; "" if
+    nothing does. For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
     pattern = r"\s*".join(map(re.escape, "".join(probe.split())))
     pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
     match = re.fullmatch(rf"\s*{pattern}\s*", plain, re.DOTALL)
@@ -312,7 +312,7 @@ class Chat:
             say("There is no chat template: the format of prompts is Vicuna's")
             tokenizer.chat_template = VICUNA_TEMPLATE
         # What the template does with a system message shows in what it renders.
-        self.has_system = True  # Until then render() leaves system messages alone.
+        self.has_system = True  # so that render() leaves the probe as it is
         question = {"role": "user", "content": "<Q>"}
         plain = self.render([question])
         check("<Q>" in plain, "the chat template of --model does not show the text of a user turn")
@@ -482,7 +482,7 @@ def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
         if "drop" in key and isinstance(value, float):  # vLLM samples without dropout.
             setattr(config.get_text_config(), key, 0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
-    # zero.Init has rounded the rotary frequencies, by radians at position 1,000: make them anew.
+    # Make these anew: zero.Init has rounded them, and angles at position 1,000 are radians off.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -505,8 +505,8 @@ class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
     because each chunk of the loss needs them. Collective to build and to call. Another teacher goes
-    in its place in train(): for samples, or for none, it returns SoftLabelLoss's labels, made
-    without gradients. These are not collective, because ranks have different numbers of chunks."""
+    in its place in train(): for samples, or [] on an idle rank, it returns SoftLabelLoss's labels,
+    made without gradients. A call of labels is not collective, because ranks differ in chunks."""
 
     def __init__(self, cfg: Config, ds_config):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
@@ -593,7 +593,7 @@ def deal(lengths: list[int], ranks: int, budget: int):
 
 
 # -------------------------------------------------------------------------------------- Training --
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # more than rounding makes of sampler_gap
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # highest sampler_gap by rounding alone
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
@@ -673,7 +673,7 @@ def train(cfg: Config):
         for i in tqdm(starts, f"Fitting, epoch {epoch}", disable=dist.get_rank() > 0):
             step += 1
             batch, place = samples[i : i + cfg.batch_size], f"epoch {epoch}, step {step}"
-            max_gap = MAX_GAP[cfg.dtype] if i == 0 else math.inf
+            max_gap = MAX_GAP[cfg.dtype] if i == 0 else math.inf  # After a step vLLM is behind.
             record = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place, max_gap)
             steps.append(record)
             on_rank_0(run.log, "step", epoch, step, record)
@@ -751,8 +751,8 @@ def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
 # ----------------------------------------------------------------------------------------- Files --
 class Run:
     """What a run leaves under --output_dir. Rank 0 renames files and model/ once they are whole, so
-    no kill leaves half of one. Collective to open: a run is resumed after the epoch that
-    state/done.json names, from DeepSpeed's checkpoint of it, and what came later is dropped."""
+    no kill leaves half of one. Collective to make: a run is resumed after the epoch that
+    state/done.json names, from DeepSpeed's checkpoint of it, and later metrics are dropped."""
 
     def __init__(self, cfg: Config, prompts: list[Messages]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
@@ -891,8 +891,8 @@ def join_ranks():
     gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
     check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # Objects go over gloo: ranks wait in it while rank 0 reads, and fail at once if that dies. Not
-    # DeepSpeed's own call, which binds the group to GPUs: vLLM's groups would be splits of it then.
+    # Objects go over gloo, where ranks can wait for rank 0 and fail at once if it dies. DeepSpeed's
+    # own call would bind the group to GPUs, and vLLM's groups would then be splits of it.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=12))
     deepspeed.init_distributed()
     sys.excepthook = end_at_once  # PyTorch has replaced it.
@@ -1073,7 +1073,7 @@ def main(run=train, options=(Config,)):
     transformers.utils.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--local_rank", help=SUPPRESS)  # DeepSpeed's launcher adds it.
-    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # but local_rank
+    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # without local_rank
 
 
 if __name__ == "__main__":
