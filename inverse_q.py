@@ -569,6 +569,8 @@ def whole_weights(model: nn.Module):
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.data
+    kept = model.state_dict().keys()  # Some models have weights among their buffers.
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def deal(lengths: list[int], ranks: int, budget: int):
@@ -597,10 +599,9 @@ MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # highest sampler_gap by rounding 
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
-    """Collective: a forward of pi_theta and pi_hat on samples, which are the same on all ranks and
-    are divided among them here; with `fit` also the backward, which leaves the gradient of L in the
-    engine. Returns the loss H(pi_hat, pi_theta), KL(pi_hat || pi_theta) and sampler_gap, means over
-    the response tokens of all ranks in nats, and the numbers of samples and tokens."""
+    """Collective: a forward of pi_theta and pi_hat on samples, equal on all ranks and divided among
+    them here; with `fit` also the backward, whose gradient of L stays in the engine. Returns means
+    over all ranks' response tokens, in nats, of loss, KL(pi_hat || pi_theta) and sampler_gap."""
     ranks, N = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
     lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
@@ -984,9 +985,8 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
     # Bytes per weight: in all models, and its gradient, AdamW's moments and master copy in float32.
     bytes_of = {"offload_param": size * (1 + frozen), "offload_optimizer": 16}
     here = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
-    state = sum(bytes_of[key] for key in here)
     other = 5e9 if ranks == 1 else 7e9  # CUDA, graphs and buckets, measured; and NCCL, guessed
-    keeps = state * weights / ranks + size * frozen * head + other
+    keeps = sum(bytes_of[key] for key in here) * weights / ranks + size * frozen * head + other
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
     # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
@@ -1030,9 +1030,9 @@ def load_tokenizer(cfg: Config):
         check(vocabulary == expected, f"{name}: its vocabulary has to be that of {cfg.model}")
         have = getattr(config, "max_position_embeddings", None) or need
         check(need <= have, f"{name}: --max_prompt_tokens + --max_new_tokens may be {have} at most")
-        scales = "final_logit_softcapping", "logits_scaling", "logit_scale"
-        scaled = [key for key in scales if getattr(config, key, None) not in (None, 1)]
-        check(not scaled, f"{name}: unsupported, it caps or scales its logits: {scaled}")
+        keys = "final_logit_softcapping logits_scaling logit_scale num_experts num_local_experts"
+        odd = [key for key in keys.split() if getattr(config, key, None) not in (None, 0, 1)]
+        check(not odd, f"{name}: unsupported, it has experts or caps or scales its logits: {odd}")
     if hasattr(own, "legacy"):  # Llama's flag: it changes ids, and transformers does not save it.
         own.init_kwargs["legacy"] = own.legacy
     return own
