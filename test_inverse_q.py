@@ -1069,7 +1069,7 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
 
     saved = Mock(save_pretrained=save)  # a model, a tokenizer, an engine
     saved.save_checkpoint = lambda at, tag, save_latest: save(Path(at, tag))
-    saved.named_parameters.return_value = []
+    saved.named_parameters.return_value = saved.named_buffers.return_value = []
 
     def killing(function):
         def changed(*args, **kwargs):
