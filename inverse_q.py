@@ -386,22 +386,22 @@ class Sampler:
         gpu, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_new_tokens
         engines = dist.get_world_size() // cfg.tensor_parallel_size
         per_engine = math.ceil(max(cfg.samples_per_epoch, cfg.eval_samples) / engines)
-        self.llm = LLM(
-            cfg.model,
-            dtype=cfg.dtype,
-            max_model_len=length,
-            max_num_seqs=min(per_engine, 512),
-            max_num_batched_tokens=max(8192, length),
-            hf_overrides={"head_dtype": "float32"} if gpu else None,  # like training's logits
-            enable_chunked_prefill=gpu,  # On a CPU, vLLM 0.32.0 fails with it on seeded requests.
-            tensor_parallel_size=cfg.tensor_parallel_size,
-            distributed_executor_backend="external_launcher",  # This process is the worker.
-            enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU, compiling does not pay.
-            enable_sleep_mode=gpu,
-            gpu_memory_utilization=cfg.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of all memory
-            use_tqdm_on_load=False,
-        )
+        with as_user_error(f"vLLM cannot run {cfg.model} with these options", ValueError):
+            self.llm = LLM(
+                cfg.model,
+                dtype=cfg.dtype,
+                max_model_len=length,
+                max_num_seqs=min(per_engine, 512),
+                max_num_batched_tokens=max(8192, length),
+                hf_overrides={"head_dtype": "float32"} if gpu else None,  # like training's logits
+                enable_chunked_prefill=gpu,  # On CPUs vLLM 0.32.0 fails with it on seeded requests.
+                tensor_parallel_size=cfg.tensor_parallel_size,
+                distributed_executor_backend="external_launcher",  # This process is the worker.
+                enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU, compiling does not pay.
+                enable_sleep_mode=gpu,
+                gpu_memory_utilization=cfg.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of all memory
+            )
         self.llm.sleep(level=2)  # Level 2 frees the weights too. On a CPU it does nothing.
         torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
 

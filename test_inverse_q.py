@@ -1053,6 +1053,14 @@ def test_contexts_seeds_and_answers_of_samples(one_rank):
     assert len(set(seeds)) == 15
 
 
+def test_what_vllm_refuses_is_one_line(one_rank, monkeypatch):
+    refusal = Mock(LLM=Mock(side_effect=ValueError("No available memory for the cache blocks")))
+    monkeypatch.setitem(sys.modules, "vllm", refusal)
+    monkeypatch.setenv("LOCAL_SIZE", "1")
+    with pytest.raises(q.UserError, match=r"^vLLM cannot run m with these .*: No available memory"):
+        q.Sampler(q.Config("m"), None)
+
+
 class Kill(BaseException):
     """The end of the process, as far as the code under test can see."""
 
