@@ -482,7 +482,7 @@ def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
         if "drop" in key and isinstance(value, float):  # vLLM samples without dropout.
             setattr(config.get_text_config(), key, 0.0)
     model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
-    # Make these anew: zero.Init has rounded them, and angles at position 1,000 are radians off.
+    # zero.Init has rounded rotary frequencies, angles at position 1,000 are radians off: redo them.
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module.float())
@@ -506,7 +506,7 @@ class SuperiorPolicy:
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
     because each chunk of the loss needs them. Collective to build and to call. Another teacher goes
     in its place in train(): for samples, or [] on an idle rank, it returns SoftLabelLoss's labels,
-    made without gradients. A call of labels is not collective, because ranks differ in chunks."""
+    made without gradients. Labels must not be collective, because ranks have different chunks."""
 
     def __init__(self, cfg: Config, ds_config):
         parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")

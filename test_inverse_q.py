@@ -31,7 +31,6 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import ANY, Mock, call, patch
 
@@ -266,7 +265,7 @@ def test_the_core_needs_torch_alone():
     """Its section of the file runs where nothing else was imported, and as well under autocast."""
     _, core = re.split(r"# -+ The core, .* --\n", (HERE / "inverse_q.py").read_text())
     core = re.split(r"# -+ Data --\n", core)[0]
-    pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Callable": Callable}
+    pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor}
     exec(core, pasted)
     h, weight = some_logits(6, 5, 3, 1.0).float().requires_grad_(), some_logits(11, 5, 4, 1.0)
     z_0, z_plus = some_logits(seed=1).float(), some_logits(seed=2).float()
@@ -1363,7 +1362,9 @@ def test_whole_weights_come_one_by_one_in_the_models_order(monkeypatch):
     model, names = small_llama(0), []
     model.register_buffer("scale", torch.ones(1))  # as Gemma 4 and Apertus have some
     for name, weight in q.whole_weights(model):
-        if name != "scale":
+        if name == "scale":
+            assert weight is model.scale
+        else:
             ((one,),) = gathered  # While it is looked at, and nothing else.
             assert one is model.get_parameter(name) and torch.equal(weight, one)
         names.append(name)
