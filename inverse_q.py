@@ -8,7 +8,7 @@ paper lacks its formulas; those below are reconstructed from its text, under its
 THE METHOD.  x is a prompt, y a response, s_t = (x, y_<t) a state and a_t = y_t its next token.
   pi_theta  the policy that is trained
   pi_0      the frozen base model: the policy before training, or --negative_model
-  pi_plus   the same frozen model, shown a principle in its system message; or an aligned model
+  pi_plus   the same frozen model, shown a principle in its system message; or --positive_model
   pi_hat    the estimate of a superior policy: the contrast of pi_plus with pi_0, amplified by alpha
 
   superior policy  log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z       (sec. 4.2)
@@ -27,23 +27,23 @@ WHY IT IS REINFORCEMENT LEARNING.  This explains the loss and never enters it. b
   credit (ours)    A(s_t, a_t) = V(s_{t+1}) - V(s_t) = beta log[ pi_hat(a_t|s_t) / pi_0(a_t|s_t) ]
 
 J is largest at pi_hat. Minimising L leads there too, by the opposite KL: up to a constant, L is the
-mean of KL(pi_hat || pi_theta) over the tokens of the samples. A state is worth the reward of its
-prefix, because pi_hat sums to 1 over its continuations; so no critic is learnt.
+mean of KL(pi_hat || pi_theta) over the tokens of the samples. V(s_t) is the reward of the prefix
+y_<t, because the probabilities that pi_hat gives to what follows sum to 1; no critic is learnt.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
-  Sampling   Temperature 1 and no top_p, because the loss is an expectation under the policy (as it
-             was when the epoch began); fresh prompts while the data last, one response to each.
+  Sampling   Temperature 1 and no top_p, because L averages over responses of the policy, as it is
+             when the epoch begins; fresh prompts while the data last, one response to each.
   Batch      16 samples per optimizer step, the paper's 2 per GPU on 8 GPUs; an epoch's last step
              takes what remains. N counts over all micro-batches and ranks of the step.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
-  Labels     The whole vocabulary, at every response token including its end token. A response that
+  Labels     The whole vocabulary at every response token, the end token included. A response that
              was cut at the limit has no end token, and is fitted as far as it goes.
 
-RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a tiny world)
+RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a toy world)
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
-RANKS   DeepSpeed runs this file once per GPU, a rank each. ZeRO-3 shards all weights over them,
-        except vLLM's and the frozen output layers. "Collective": all ranks have to make this call,
-        in the same order, because they wait for one another in it.
+RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, except
+        vLLM's and the frozen output layers. "Collective": all ranks have to make this call, in the
+        same order, because they wait for one another in it. Most calls of DeepSpeed's engines are.
 """
 
 import contextlib
@@ -67,21 +67,22 @@ from argparse import SUPPRESS, Namespace
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field
 from datetime import datetime, timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 import deepspeed
-import huggingface_hub
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- Config --
-PRINCIPLE = (  # the content of the paper's (app. C), in our own words
+PRINCIPLE = (  # what the paper's says (app. C), in our own words
     "Follow these principles in every reply. State nothing that is factually wrong. If a request "
     "could endanger anyone's safety or security, decline it, say why, and guide the person towards "
     "something safe. As long as the person's problem is not solved, keep working towards a "
@@ -103,7 +104,7 @@ class Config:
     model: str = option(MISSING, "Model to align, a hub id or a folder", "required")
     principle: str | None = option(None, "Text that pi_plus is shown; has a default", "sec. 4.2")
     negative_model: str | None = option(None, "pi_0, else --model", "sec. 5.3")
-    positive_model: str | None = option(None, "pi_plus, else pi_0; principle optional", "sec. 5.3")
+    positive_model: str | None = option(None, "pi_plus, else pi_0 with the principle", "sec. 5.3")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond", "sec. 5")
     plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best")
     # Prompts and responses.
@@ -159,7 +160,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The output layer: h [T, d], weight [V, d], bias [V] or None -> [T, V], float32 or wider."""
     z = matmul(h, weight.t())
     return z if bias is None else z + bias
@@ -187,7 +188,7 @@ class SoftLabelLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=wide)  # [V, d]
             grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)  # [V]
 
-        with torch.autocast(h.device.type, enabled=False):  # It would round the products.
+        with torch.autocast(h.device.type, enabled=False):  # Autocast would round the products.
             for start in range(0, len(h), chunk):
                 rows = slice(start, start + chunk)
                 log_pi_hat = labels(rows)  # [C, V], C <= chunk
@@ -199,7 +200,7 @@ class SoftLabelLoss(torch.autograd.Function):
                 if not fit:
                     continue
 
-                # In place, because [C, V] is large. The factor 1/N comes with backward()'s scale.
+                # In place, because [C, V] is large. The caller's 1/N comes with backward()'s scale.
                 pi_theta = log_pi_theta.exp_()
                 grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
                 del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -212,24 +213,23 @@ class SoftLabelLoss(torch.autograd.Function):
                 else:
                     grad_weight += matmul(grad_logits.t(), h[rows])
         if fit:
-            gradients = grad_h, grad_weight, grad_bias
-            ctx.gradients = [None if g is None else g.to(h.dtype) for g in gradients]
+            ctx.gradients = grad_h, grad_weight, grad_bias
         ctx.mark_non_differentiable(entropy, log_pi_tokens)
         return cross_entropy, entropy, log_pi_tokens
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # Scaled in place, and no reference is kept, so that autograd makes them .grad uncopied.
+        # Scaled in place and handed over without another reference: autograd need not copy them.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if g is None else g.mul_(scale) for g in gradients)
+        scaled = (None if g is None else g.mul_(scale).to(gradients[0].dtype) for g in gradients)
         return *scaled, None, None, None  # none for labels, tokens and chunk
 
 
 # ------------------------------------------------------------------------------------------ Data --
 Messages = list[dict[str, str]]  # turns: {"role": "system", "user" or "assistant", "content": text}
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # how a turn begins in HH-RLHF's texts
-ROLES = {"Human": "user", "Assistant": "assistant"}
-ROLES |= {role: role for role in ("system", "user", "assistant")}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES |= {"Human": "user", "Assistant": "assistant"}
 
 
 def turns_of(conversation: str | Messages, speaker: str):
@@ -241,12 +241,12 @@ def turns_of(conversation: str | Messages, speaker: str):
         turns = list(zip(parts[::2], parts[1::2], strict=True))
     else:
         turns = [(speaker, conversation)]
-    "".join(text for _, text in turns).encode()  # Raises ValueError for what UTF-8 cannot hold.
+    "".join(text for _, text in turns).encode()  # Only for the ValueError, if UTF-8 cannot hold it.
     return [(ROLES[role], text.strip()) for role, text in turns]
 
 
 def prompt_of(record) -> Messages:
-    """The prompt of a record, which ends with a user's turn, or [] if there is none: `prompt` or
+    """The prompt of a record, ending with a user's turn; [] if there is none. It is `prompt` or
     `messages`, or else the first turns, as far as `chosen` and `rejected` share them (sec. 5.1).
     Two plain texts are two replies, and share no prompt."""
     conversation = record.get("prompt", record.get("messages"))
@@ -259,11 +259,10 @@ def prompt_of(record) -> Messages:
             if turn != other:
                 break
             turns.append(turn)
-    # Chat templates want the user to speak first and roles to alternate. Many drop or refuse a
-    # system turn mid-dialogue, so it becomes part of a user turn.
+    # Many chat templates want the user first, roles to alternate, and no later system turn.
     prompt = []
     for role, text in turns:
-        last = prompt[-1]["role"] if prompt else "system"  # At the start as after a system text.
+        last = prompt[-1]["role"] if prompt else "system"  # The start counts as a system turn.
         if role == "system" and last != "system":
             role = "user"
         if not text or (role == "assistant" and last == "system"):
@@ -292,7 +291,7 @@ VICUNA_TEMPLATE = (
 
 
 def default_text(plain: str, probe: str) -> str:
-    """What each "<S>" in `probe` has to be replaced with to give `plain`, white space aside; "" if
+    """The text that turns `probe` into `plain` if put for each "<S>", white space aside; "" if
     nothing does. For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
     pattern = r"\s*".join(map(re.escape, "".join(probe.split())))
     pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
@@ -304,14 +303,14 @@ class Chat:
     """A tokenizer's chat format, and where the principle goes in it: the only difference between
     the contexts of pi_0 and pi_plus. The principle follows the system text that pi_0 sees, the
     prompt's own or the template's default. Without such a text the principle is the system message.
-    Where a template takes no system message, its text goes before the first user turn's."""
+    Where a template refuses or ignores system messages, that text opens the first user turn."""
 
     def __init__(self, tokenizer, principle: str | None):
         self.tokenizer, self.principle = tokenizer, principle
         if not tokenizer.chat_template:
             say("There is no chat template: the format of prompts is Vicuna's")
             tokenizer.chat_template = VICUNA_TEMPLATE
-        # What the template does with a system message shows in what it renders.
+        # Render a probe, to see whether the template shows system messages and has its own.
         self.has_system = True  # so that render() leaves the probe as it is
         question = {"role": "user", "content": "<Q>"}
         plain = self.render([question])
@@ -329,7 +328,7 @@ class Chat:
             content = f"{system['content']}\n\n{user['content']}"
             messages = [{"role": "user", "content": content}, *rest]
         options = {"add_generation_prompt": True, "strftime_now": TODAY.strftime}
-        with as_user_error("the chat template of --model fails", Exception):  # It is a program.
+        with as_user_error("the chat template of --model fails", Exception):  # It can raise any.
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def ids(self, messages: Messages) -> list[int]:
@@ -374,7 +373,7 @@ class Sample:
 
 
 class Sampler:
-    """The policy in vLLM. An engine spans tensor_parallel_size ranks, and this is a rank's part.
+    """The policy in vLLM, in this process, which is one of an engine's tensor_parallel_size ranks.
     On a GPU it sleeps, with its memory released, except while it samples. Collective to build,
     before the training engines, because its share of the GPU's memory has to be free then."""
 
@@ -393,19 +392,19 @@ class Sampler:
                 max_model_len=length,
                 max_num_seqs=min(per_engine, 512),
                 max_num_batched_tokens=max(8192, length),
-                hf_overrides={"head_dtype": "float32"} if gpu else None,  # like training's logits
+                hf_overrides={"head_dtype": "float32"},  # like training's logits
                 enable_chunked_prefill=gpu,  # On CPUs vLLM 0.32.0 fails with it on seeded requests.
                 tensor_parallel_size=cfg.tensor_parallel_size,
                 distributed_executor_backend="external_launcher",  # This process is the worker.
                 enforce_eager=not gpu,  # CUDA graphs on a GPU; on a CPU, compiling does not pay.
                 enable_sleep_mode=gpu,
                 gpu_memory_utilization=cfg.gpu_memory_utilization,
-                kv_cache_memory_bytes=None if gpu else 2**30,  # else a share of all memory
+                kv_cache_memory_bytes=None if gpu else 2**30,  # CPU default: a share of all RAM
             )
         self.llm.sleep(level=2)  # Level 2 frees the weights too. On a CPU it does nothing.
-        torch.set_num_threads(threads)  # vLLM leaves one, too few for an offloaded optimizer.
+        torch.set_num_threads(threads)  # On a GPU vLLM sets one thread: too few to offload.
 
-        # Weights that a reload leaves out hold garbage, of which vLLM only warns: make it an error.
+        # vLLM only warns of weights that a reload left out and that hold garbage: make it an error.
         def refuse(record):
             raise UserError(f"vLLM did not get all weights of the policy: {record.getMessage()}")
 
@@ -414,9 +413,9 @@ class Sampler:
         log.addFilter(refuse)
 
     def load(self, weights):
-        """Collective: wake up, and load the policy's weights, (name, whole tensor) of each."""
+        """Collective: wake up, and load weights, a (name, whole tensor) at a time."""
 
-        def repack(model):  # On a CPU vLLM keeps a packed copy of a tied output layer.
+        def repack(model):  # vLLM for CPUs keeps a packed copy of a tied output layer.
             for layer in model.modules():
                 if type(layer).__name__ == "ParallelLMHead":
                     layer.quant_method.process_weights_after_loading(layer)
@@ -426,6 +425,7 @@ class Sampler:
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.apply_model(repack)
+        torch.cuda.empty_cache()  # Again, after gathering.
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # It holds keys and values of the old weights.
 
@@ -436,20 +436,20 @@ class Sampler:
 
         cfg, chat, samples, params = self.cfg, self.chat, [], []
         rank, ranks, parallel = dist.get_rank(), dist.get_world_size(), cfg.tensor_parallel_size
-        limits = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
+        options = {"temperature": cfg.temperature, "max_tokens": cfg.max_new_tokens}
         for i in range(rank // parallel, len(prompts), ranks // parallel):
             shown = chat.with_principle(prompts[i])
             samples.append(Sample(i, prompts[i], chat.ids(prompts[i]), chat.ids(shown)))
             seed = random.Random(f"{cfg.seed}/{tag}/{i}").getrandbits(63)
-            params.append(SamplingParams(seed=seed, logprobs=0, detokenize=False, **limits))
+            params.append(SamplingParams(seed=seed, logprobs=0, detokenize=False, **options))
         contexts = [{"prompt_token_ids": sample.prompt_ids} for sample in samples]
         outputs = self.llm.generate(contexts, params, use_tqdm=rank == 0) if contexts else []
         for sample, output in zip(samples, outputs, strict=True):
             (answer,) = output.outputs
             sample.response_ids = list(answer.token_ids)  # with the end token, if it ended
             sample.response = chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            steps = zip(answer.token_ids, answer.logprobs, strict=True)
-            sample.log_probs = [log_probs[token].logprob for token, log_probs in steps]
+            choices = zip(answer.token_ids, answer.logprobs, strict=True)
+            sample.log_probs = [found[token].logprob for token, found in choices]
             sample.finish_reason = answer.finish_reason
         # The tensor-parallel ranks of an engine all bring the same samples.
         everyones = [None] * ranks
@@ -474,19 +474,14 @@ def final_states(body, pairs) -> Tensor:
 
 def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # HfDeepSpeedConfig would need accelerate. transformers holds zero3 weakly: the name keeps it.
+    # HfDeepSpeedConfig needs accelerate. transformers keeps a weak reference: hold zero3 here.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
     for key, value in vars(config.get_text_config()).items():
         if "drop" in key and isinstance(value, float):  # vLLM samples without dropout.
             setattr(config.get_text_config(), key, 0.0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
-    # zero.Init has rounded rotary frequencies, angles at position 1,000 are radians off: redo them.
-    for module in model.modules():
-        if "RotaryEmbedding" in type(module).__name__:
-            model._init_weights(module.float())
-    return model
+    return transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=cfg.dtype)
 
 
 def unpatched(llm):
@@ -504,21 +499,21 @@ def unpatched(llm):
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build and to call. Another teacher goes
-    in its place in train(): for samples, or [] on an idle rank, it returns SoftLabelLoss's labels,
-    made without gradients. Labels must not be collective, because ranks have different chunks."""
+    because each chunk of the loss needs them. Collective to build and to call. For another teacher,
+    replace this one in train(): given samples, or [] on an idle rank, it returns SoftLabelLoss's
+    labels, without gradients and not collective, because the number of chunks differs by rank."""
 
     def __init__(self, cfg: Config, ds_config):
-        parts = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
+        parts = ("train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
         frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
-        self.cfg, self.frozen = cfg, []  # (body, head) of pi_0, and of pi_plus if another
+        self.cfg, self.frozen = cfg, []  # (body, head) of each model, pi_0's first
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
             body = model.base_model.requires_grad_(False).eval()
             body, *_ = deepspeed.initialize(model=body, config=frozen_config)
             layer = model.get_output_embeddings()
-            with deepspeed.zero.GatheredParameters(list(layer.parameters())):
-                head = [p if p is None else p.data.clone() for p in (layer.weight, layer.bias)]
+            with deepspeed.zero.GatheredParameters(layer.parameters()):
+                head = [p.data.clone() for p in layer.parameters()]  # weight, and bias if any
             self.frozen.append((body, head))
 
     @torch.no_grad()
@@ -554,8 +549,8 @@ class Policy(nn.Module):
         head.forward = lambda h, *rest: SoftLabelLoss.apply(h, head.weight, head.bias, *rest)
 
     def forward(self, samples: list[Sample], labels):
-        """Collective: sums over response tokens of H(pi_hat, pi_theta), of H(pi_hat), and of the
-        gap |log pi_theta(a_t|s_t) - the sampler's log-probability|."""
+        """Collective: sums over response tokens of H(pi_hat, pi_theta), of H(pi_hat), and of
+        sampler_gap, |log pi_theta(a_t|s_t) - the sampler's log-probability|."""
         pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         h = final_states(self.model.base_model, pairs)  # [T, d]
         tokens = torch.tensor([a for _, y in pairs for a in y], dtype=torch.long, device=h.device)
@@ -565,12 +560,14 @@ class Policy(nn.Module):
 
 
 def whole_weights(model: nn.Module):
-    """Collective: (name, tensor) of every weight; a tensor is whole until the next is asked for."""
+    """Collective: (name, tensor) of each weight, whole only until the next one is asked for."""
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.data
     kept = model.state_dict().keys()  # Some models have weights among their buffers.
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            yield name, buffer
 
 
 def deal(lengths: list[int], ranks: int, budget: int):
@@ -589,19 +586,21 @@ def deal(lengths: list[int], ranks: int, budget: int):
 
     # The smallest limit that still makes n batches spreads the work most evenly over the ranks.
     n = len(split(budget))
-    limits = range(min(sum(lengths) // n, budget), budget + 1)
-    batches = next(batches for batches in map(split, limits) if len(batches) == n)
+    limit = min(sum(lengths) // n, budget)
+    while len(split(limit)) > n:
+        limit += 1
+    batches = split(limit)
     return [batches[i : i + ranks] for i in range(0, n, ranks)]
 
 
 # -------------------------------------------------------------------------------------- Training --
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # highest sampler_gap by rounding alone
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # the most that rounding alone makes sampler_gap
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
-    """Collective: a forward of pi_theta and pi_hat on samples, equal on all ranks and divided among
-    them here; with `fit` also the backward, whose gradient of L stays in the engine. Returns means
-    over all ranks' response tokens, in nats, of loss, KL(pi_hat || pi_theta) and sampler_gap."""
+    """Collective: run pi_theta and pi_hat on samples. All ranks have all of them, and run a share.
+    With `fit` also run the backward: the gradient of L stays in the engine. Returns means over all
+    response tokens, in nats: loss, KL(pi_hat || pi_theta), sampler_gap; and how many tokens."""
     ranks, N = dist.get_world_size(), sum(len(sample.response_ids) for sample in samples)
     lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
@@ -616,8 +615,7 @@ def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
         sums += torch.stack([cross_entropy.detach(), entropy, gap.double()])
     dist.all_reduce(sums)
     loss, entropy, gap = (sums / N).tolist()
-    record = {"loss": loss, "kl": loss - entropy, "sampler_gap": gap}
-    return record | {"samples": len(samples), "tokens": N}
+    return {"loss": loss, "kl": loss - entropy, "sampler_gap": gap, "tokens": N}
 
 
 def optimizer_step(engine, superior, batch, budget: int, place: str, max_gap=math.inf):
@@ -702,21 +700,22 @@ def data_files(data: str, split: str):
         if Path(name).is_file():
             yield Path(name)
             continue
-        owner, repository, folder = [*name.split("/", 2), "", ""][:3]
-        what = {"repo_type": "dataset", "allow_patterns": f"{folder}/*{split}*.json*".lstrip("/")}
+        path = name.split("/")
+        wanted = "/".join([*path[2:], f"*{split}*.json*"])
         with as_user_error(f"{name}: no such file or hub data set", OSError, ValueError):
-            root = Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", **what), folder)
-        files = [f for f in sorted(root.rglob("*.json*")) if split in str(f.relative_to(root))]
+            root = snapshot_download("/".join(path[:2]), repo_type="dataset", allow_patterns=wanted)
+        files = [f for f in sorted(Path(root).rglob("*")) if fnmatch(f.relative_to(root), wanted)]
         check(files, f"{name}: this hub data set has no {split} file in .json or .jsonl")
         yield from files
 
 
 def read_records(data: str, split: str):
-    """(place, record) for the lines of .jsonl files and the items of the lists in .json files."""
+    """(place, record) for the items of JSON lists and the lines of other files."""
     for path in data_files(data, split):
-        place, is_list = str(path), path.name.removesuffix(".gz").endswith(".json")
+        place = str(path)
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                is_list = file.peek(1)[:1] == b"["  # The name does not tell: .json may hold lines.
                 for n, item in enumerate(json.load(file) if is_list else file, 1):
                     place = f"{path}, {'item' if is_list else 'line'} {n}"
                     if is_list:
@@ -728,8 +727,7 @@ def read_records(data: str, split: str):
 
 
 def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
-    """`count` distinct prompts of data that fit, in random order, or all that there are; and how
-    many of the records that were looked at were left out, by reason."""
+    """Distinct prompts that fit, `count` at most, shuffled; how many were left out, and why."""
     records, prompts, left_out = list(read_records(data, split)), {}, Counter()
     random.Random(cfg.seed).shuffle(records)
     for place, record in tqdm(records, f"Prompts of {data}", count, leave=False):
@@ -752,8 +750,8 @@ def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
 # ----------------------------------------------------------------------------------------- Files --
 class Run:
     """What a run leaves under --output_dir. Rank 0 renames files and model/ once they are whole, so
-    no kill leaves half of one. Collective to make: a run is resumed after the epoch that
-    state/done.json names, from DeepSpeed's checkpoint of it, and later metrics are dropped."""
+    no kill leaves half of one. A run is resumed after the epoch that state/done.json names,
+    from DeepSpeed's checkpoint of it, and later metrics are dropped. Collective to build."""
 
     def __init__(self, cfg: Config, prompts: list[Messages]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
@@ -765,7 +763,7 @@ class Run:
         """On rank 0: lock the folder, refuse another run's, return the last saved epoch or 0."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         place = f"--output_dir {self.folder}"
-        self.lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        self.lock = (self.folder / "lock").open("w")
         with as_user_error(f"{place}: another job is running in it", BlockingIOError):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         done = self.state / "done.json"
@@ -774,7 +772,7 @@ class Run:
         # These may change when a run is resumed, because the method stays the same.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
-        keys = [key for key in settings if saved.get(key) != settings[key] and key not in free]
+        keys = [key for key in settings if key not in free and settings[key] != saved.get(key)]
         changed = "; ".join(f"{k} {saved.get(k)!r} there, {settings[k]!r} here" for k in keys)
         check(not keys, f"{place} holds another run, use its settings or another folder: {changed}")
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
@@ -805,8 +803,8 @@ class Run:
 
     def save_samples(self, name: str, samples: list[Sample]):
         """Collective: samples/NAME.jsonl, and the first one on the console."""
-        lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
-        on_rank_0(self.write, f"samples/{name}.jsonl", "".join(lines))
+        text = "".join(json.dumps(asdict(sample)) + "\n" for sample in samples)
+        on_rank_0(self.write, f"samples/{name}.jsonl", text)
         user, policy = samples[0].messages[-1]["content"], samples[0].response
         say(f"\n{name}, first sample\n  user    {user!r:.300}\n  policy  {policy!r:.300}")
 
@@ -838,8 +836,8 @@ class Run:
         """Collective: weights and optimizer as they were after the last saved epoch, if any."""
         self.monitor = engine.monitor
         if self.epoch > 0:
-            path, _ = engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")
-            check(path, f"{self.state}: the checkpoint of epoch {self.epoch} cannot be loaded")
+            with as_user_error(f"{self.state}: cannot be loaded", Exception):  # It can raise any.
+                engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")
 
     def save_state(self, engine, epoch: int):
         """Collective: save what training is resumed from. It is valid once done.json names it."""
@@ -854,8 +852,6 @@ def epoch_record(samples: list[Sample], steps):
     """The record of an epoch, from its samples and the records of its steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
-    record["sampler_gap_first"] = steps[0]["sampler_gap"]
-    record["sampler_gap_last"] = steps[-1]["sampler_gap"]
     truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
     return record | {"response_tokens_mean": tokens / len(samples), "truncated": truncated}
 
@@ -874,7 +870,7 @@ def on_rank_0(function, *args):
         try:
             outcome[0] = function(*args)
         except (UserError, OSError, SafetensorError) as error:
-            outcome[1] = str(error) or repr(error)
+            outcome[1] = str(error)
     dist.broadcast_object_list(outcome)
     check(outcome[1] is None, outcome[1])
     return outcome[0]
@@ -887,10 +883,10 @@ def join_ranks():
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(alone | os.environ)
-    usable = torch.version.cuda is None or torch.cuda.is_available()
-    check(usable, "PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
-    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_SIZE"])
-    check(ranks <= gpus or gpus == 0, f"{ranks} ranks but {gpus} GPUs: lower --num_gpus")
+    ranks = int(os.environ["LOCAL_SIZE"])
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    enough = ranks <= gpus or torch.version.cuda is None  # A PyTorch for CPUs takes any number.
+    check(enough, f"{ranks} rank(s), {gpus} usable GPU(s): lower --num_gpus, or see nvidia-smi")
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # Objects go over gloo, where ranks can wait for rank 0 and fail at once if it dies. DeepSpeed's
     # own call would bind the group to GPUs, and vLLM's groups would then be splits of it.
@@ -919,9 +915,11 @@ def stop_at_once():
     launchers = psutil.Process().parents()[:2]  # launch.py, and runner.py above it
 
     def watch():
-        while psutil.Process().parents()[:2] == launchers:
-            time.sleep(1)
-        os._exit(1)
+        try:
+            while psutil.Process().parents()[:2] == launchers:
+                time.sleep(1)
+        finally:  # also if an ancestor ends while psutil lists them, which raises NoSuchProcess
+            os._exit(1)
 
     if "CROSS_SIZE" in os.environ:  # set by the launcher
         threading.Thread(target=watch, daemon=True).start()
@@ -960,19 +958,21 @@ def check_options(cfg: Config):
 
 def deepspeed_config(cfg: Config):
     """--ds_config, with what is decided here filled in; a file that sets any of it is refused."""
-    owned = {  # The batch sizes are nominal: train() and deal() make the real ones.
-        "train_batch_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "train_micro_batch_size_per_gpu": 1,
+    owned = {
+        "train_micro_batch_size_per_gpu": 1,  # nominal: train() and deal() make the real batches
         "managed_gradient_accumulation": False,  # Gradients add up until step().
         "bf16": {"enabled": cfg.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,  # PyTorch's AdamW; DeepSpeed's needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
+        # Else zero.Init rounds rotary frequencies: at position 1,000 angles would be radians off.
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
     }
     needs = f"--ds_config {cfg.ds_config}: has to be a JSON file that sets ZeRO stage 3"
     with as_user_error(needs, OSError, ValueError, LookupError, TypeError):
         config = json.loads(Path(cfg.ds_config).read_text())
         check(config["zero_optimization"]["stage"] == 3, needs)
-    for key in (*owned, "gradient_accumulation_steps", "optimizer", "scheduler", "fp16"):
+    others = "train_batch_size gradient_accumulation_steps optimizer scheduler fp16"
+    for key in (*owned, *others.split()):
         check(key not in config, f"--ds_config {cfg.ds_config}: remove {key!r}, it is set here")
     return config | owned
 
@@ -982,11 +982,11 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
     DeepSpeed's zero_optimization; frozen models are taken to be as large as the policy."""
     size, frozen = getattr(torch, cfg.dtype).itemsize, len({cfg.negative_model, cfg.positive_model})
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
-    # Bytes per weight: in all models, and its gradient, AdamW's moments and master copy in float32.
+    # Bytes per weight: in each model; and 16 = gradient 4 + AdamW's moments 8 + master copy 4.
     bytes_of = {"offload_param": size * (1 + frozen), "offload_optimizer": 16}
-    here = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
+    on_gpu = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
     other = 5e9 if ranks == 1 else 7e9  # CUDA, graphs and buckets, measured; and NCCL, guessed
-    keeps = sum(bytes_of[key] for key in here) * weights / ranks + size * frozen * head + other
+    keeps = sum(bytes_of[key] for key in on_gpu) * weights / ranks + size * frozen * head + other
     # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
     # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
@@ -1002,14 +1002,14 @@ def check_memory(cfg: Config, ds_config):
     with torch.device("meta"):
         weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     ranks, zero = dist.get_world_size(), ds_config["zero_optimization"]
-    needs = memory_needs(cfg, config.get_text_config(), weights, ranks, zero)
-    text = "{:.1f} GB always, and {:.1f} more to fit or {:.1f} to sample".format(*needs)
+    keeps, fitting, sampling = memory_needs(cfg, config.get_text_config(), weights, ranks, zero)
+    text = f"{keeps:.1f} GB always, and {fitting:.1f} more to fit or {sampling:.1f} to sample"
     say(f"Inverse-Q* in {cfg.dtype} on {ranks} rank(s), each of which needs about {text}")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
         less = "use more GPUs, offload_optimizer in --ds_config, or a lower --micro_batch_tokens"
-        check(needs[0] + max(needs[1:]) <= total, f"{text}, of {total:.1f} GB: {less}")
-        least, most = needs[2] / total, 1 - needs[0] / total
+        check(keeps + max(fitting, sampling) <= total, f"{text}, of {total:.1f} GB: {less}")
+        least, most = sampling / total, 1 - keeps / total
         fits = f"--gpu_memory_utilization from {least + 0.0005:.3f} to {most - 0.0005:.3f}"
         check(least <= cfg.gpu_memory_utilization <= most, f"{text}, of {total:.1f} GB: set {fits}")
 
@@ -1022,8 +1022,8 @@ def load_tokenizer(cfg: Config):
             config = transformers.AutoConfig.from_pretrained(name).get_text_config()
             # Else mistral_common's tokenizer may load, which reads special tokens as plain text.
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
-        paths = [vars(tokenizer).get(key) for key in ("vocab_file", "_tokenizer_path")]
-        check("tekken.json" not in str(paths), f"{name}: tekken.json alone, add tokenizer.json")
+        tekken = "tekken.json" in str(vars(tokenizer))
+        check(not tekken, f"{name}: has tekken.json but no tokenizer.json, add that")
         vocabulary = tokenizer.get_vocab(), config.vocab_size
         if name == cfg.model:
             own, expected = tokenizer, vocabulary
@@ -1050,9 +1050,9 @@ def prepare(cfg: Config):
     say(f"  prompts    {len(prompts)} of {cfg.data}; left out: {left_out}")
     say(f"  pi_0       reads {chat.render(prompts[0])!r}")
     say(f"  pi_plus    reads {chat.render(chat.with_principle(prompts[0]))!r}")
-    held_out, count = [], cfg.eval_samples
+    held_out = []
     if cfg.eval_data:
-        held_out, _ = on_rank_0(load_prompts, cfg, chat, cfg.eval_data, "test", count)
+        held_out, _ = on_rank_0(load_prompts, cfg, chat, cfg.eval_data, "test", cfg.eval_samples)
     say("If this job stops, the same command resumes it after the last save.")
     return ds_config, chat, prompts, held_out
 
@@ -1069,11 +1069,11 @@ def main(run=train, options=(Config,)):
     logging.getLogger("vllm").setLevel("ERROR")  # vLLM logs before it reads the variable.
     warnings.filterwarnings("ignore", r"`torch\.distributed|barrier")  # that libraries cause
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # Never offer to run a model's code.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(options, usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--local_rank", help=SUPPRESS)  # DeepSpeed's launcher adds it.
-    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # without local_rank
+    run(*parser.parse_dict(vars(parser.parse_args()), allow_extra_keys=True))  # drops local_rank
 
 
 if __name__ == "__main__":

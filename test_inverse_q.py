@@ -32,7 +32,7 @@ import time
 import types
 import warnings
 from pathlib import Path
-from unittest.mock import ANY, Mock, call, patch
+from unittest.mock import ANY, Mock, patch
 
 import hypothesis
 import psutil
@@ -105,14 +105,11 @@ def load_float64(folder):
 
 
 def oracle_log_pi_hat(z_0, z_plus, alpha, plausibility=0.0):
-    """log pi_hat [T, V], token by token and word by word (sec. 4.2)."""
-    rows = []
-    for row_0, row_plus in zip(z_0.double(), z_plus.double(), strict=True):
-        pi_0, pi_plus = row_0.softmax(0), row_plus.softmax(0)
-        weight = torch.stack([p * (q / p) ** alpha for p, q in zip(pi_0, pi_plus, strict=True)])
-        weight[pi_plus < plausibility * pi_plus.max()] = 0.0
-        rows.append((weight / weight.sum()).log())
-    return torch.stack(rows)
+    """log pi_hat [T, V], by the probabilities themselves (sec. 4.2)."""
+    pi_0, pi_plus = z_0.double().softmax(-1), z_plus.double().softmax(-1)
+    weight = pi_0 * (pi_plus / pi_0) ** alpha
+    weight[pi_plus < plausibility * pi_plus.amax(-1, keepdim=True)] = 0.0
+    return (weight / weight.sum(-1, keepdim=True)).log()
 
 
 def oracle_loss(z, log_pi_hat):
@@ -130,7 +127,7 @@ def oracle_logits(model, context, response):
 
 def oracle_log_probs(z, tokens):
     """log-probabilities [T] of tokens at logits [T, V]."""
-    return torch.stack([row[i] for row, i in zip(z.double().log_softmax(-1), tokens, strict=True)])
+    return z.double().log_softmax(-1)[torch.arange(len(z)), tokens]
 
 
 def oracle_labels(pi_0, pi_plus, sample, alpha, plausibility=0.0):
@@ -163,7 +160,7 @@ def replay(base, run, alpha, clip, rate, batch_size):
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
             optimizer.step()
             record = {"loss": loss.item(), "kl": (loss - entropy).item(), "sampler_gap": gap}
-            record |= {"grad_norm": norm.item(), "tokens": tokens, "samples": len(batch)}
+            record |= {"grad_norm": norm.item(), "tokens": tokens}
             records.append(record)
         yield records, policy
 
@@ -190,21 +187,24 @@ def test_superior_policy_is_the_definition(alpha, plausibility):
         assert log_pi_hat.isfinite().all() and (pi_hat[expected == -math.inf] == 0).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 17, 64, 100])
+@pytest.mark.parametrize("t, chunk", [(64, 1), (64, 17), (64, 64), (64, 100), (0, 64)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("plausibility", [0.0, 0.3])
 @pytest.mark.parametrize(
     "dtype, tolerance",
     [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
 )
-def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility, dtype, tolerance):
-    """In every precision: of inputs that are exact in it, and with logits in float32 or wider."""
-    inputs = some_logits(64, 32, 3, 1.0), some_logits(500, 32, 4, 0.5), some_logits(1, 500, 5)[0]
+def test_fused_loss_and_gradients_equal_the_naive_ones(
+    t, chunk, bias, plausibility, dtype, tolerance
+):
+    """In every precision: of inputs that are exact in it, and with logits in float32 or wider. Also
+    of no tokens, as on a rank that has nothing to do."""
+    inputs = some_logits(t, 32, 3, 1.0), some_logits(500, 32, 4, 0.5), some_logits(1, 500, 5)[0]
     inputs = [x.to(dtype).requires_grad_() for x in inputs[: 2 + bias]]  # h, weight, bias or none
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wide = torch.promote_types(dtype, torch.float32)
-    z_0, z_plus = some_logits(64, 500, 1).to(wide), some_logits(64, 500, 2).to(wide)
-    labels, tokens = q.superior_policy(z_0, z_plus, 1.4, plausibility), torch.arange(64) * 7
+    z_0, z_plus = some_logits(t, 500, 1).to(wide), some_logits(t, 500, 2).to(wide)
+    labels, tokens = q.superior_policy(z_0, z_plus, 1.4, plausibility), torch.arange(t) * 7
     z = torch.nn.functional.linear(*exact)
     expected = *oracle_loss(z, labels.double()), oracle_log_probs(z, tokens)
     expected_gradients = torch.autograd.grad(expected[0] * 0.37, exact)
@@ -216,30 +216,20 @@ def test_fused_loss_and_gradients_equal_the_naive_ones(chunk, bias, plausibility
     for g, e, scale in zip(got, expected, (1, 1, 10), strict=True):
         torch.testing.assert_close(g.double(), e, rtol=scale * rounding, atol=scale * rounding)
     for g, e in zip(torch.autograd.grad(got[0] * 0.37, inputs), expected_gradients, strict=True):
-        assert g.dtype == dtype and (g.double() - e).norm() < tolerance * e.norm()
-
-
-def test_no_tokens_no_loss_but_a_gradient():
-    h, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(11, 5, requires_grad=True)
-    no_labels, no_tokens = lambda rows: pytest.fail("no rows to label"), torch.zeros(0).long()
-    loss, entropy, log_pi_theta = q.SoftLabelLoss.apply(h, weight, None, no_labels, no_tokens)
-    assert loss == 0 and entropy == 0 and log_pi_theta.shape == (0,)
-    loss.backward()
-    assert weight.grad.abs().sum() == 0 and h.grad.shape == (0, 5)
+        assert g.dtype == dtype and (g.double() - e).norm() <= tolerance * e.norm()
 
 
 class Watch(TorchDispatchMode):
-    """Notes every operation and the number of elements of its result."""
+    """Notes every operation that gives a tensor, and its number of elements."""
 
     def __init__(self):
         super().__init__()
-        self.operations, self.sizes = [], []
+        self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self.operations.append(str(function))
-            self.sizes.append(out.numel())
+            self.seen.append((str(function), out.numel()))
         return out
 
 
@@ -257,14 +247,14 @@ def test_memory_and_products_of_the_loss(fit, products):
             loss, *_ = q.SoftLabelLoss.apply(*inputs)
             if fit:
                 loss.backward()
-    assert max(watch.sizes) == chunk * v
-    assert sum("mm" in name for name in watch.operations) == products * t // chunk
+    assert max(size for _, size in watch.seen) == chunk * v
+    assert sum("mm" in name for name, _ in watch.seen) == products * t // chunk
 
 
 def test_the_core_needs_torch_alone():
     """Its section of the file runs where nothing else was imported, and as well under autocast."""
-    _, core = re.split(r"# -+ The core, .* --\n", (HERE / "inverse_q.py").read_text())
-    core = re.split(r"# -+ Data --\n", core)[0]
+    text = (HERE / "inverse_q.py").read_text()
+    _, core, _ = re.split(r"# -+ (?:The core, .*|Data) --\n", text)
     pasted = {"torch": torch, "math": math, "Tensor": torch.Tensor}
     exec(core, pasted)
     h, weight = some_logits(6, 5, 3, 1.0).float().requires_grad_(), some_logits(11, 5, 4, 1.0)
@@ -283,59 +273,34 @@ def test_the_core_needs_torch_alone():
 # ------------------------------------------------------------------ Tests: the theory, on a tree --
 
 
-def tree_policies(vocabulary=3, depth=3, seed=0):
-    """Next-token log-probabilities of pi_0, pi_plus and pi_hat at every node of a token tree."""
-    rng = torch.Generator().manual_seed(seed)
-    nodes = [s for n in range(depth) for s in itertools.product(range(vocabulary), repeat=n)]
-    z_0, z_plus = (torch.randn(len(nodes), vocabulary, generator=rng).double() for _ in range(2))
-    table = (z_0.log_softmax(-1), z_plus.log_softmax(-1), q.superior_policy(z_0, z_plus, 1.4))
-    leaves = list(itertools.product(range(vocabulary), repeat=depth))
-    return [dict(zip(nodes, log_p, strict=True)) for log_p in table], leaves
-
-
-def log_probability(policy, y, start=0):
-    return sum(policy[y[:t]][y[t]] for t in range(start, len(y)))
-
-
-def test_a_prefix_is_worth_its_own_reward_and_credit_is_the_difference():
-    """Eq. 6 to 10, the expectation over continuations taken by enumeration."""
-    (pi_0, _, pi_hat), leaves = tree_policies()
-    beta = 0.7
-
-    def reward(y):
-        return beta * (log_probability(pi_hat, y) - log_probability(pi_0, y))
-
-    def value(prefix):
-        ends = [y for y in leaves if y[: len(prefix)] == prefix]
-        terms = [log_probability(pi_0, y, len(prefix)) + reward(y) / beta for y in ends]
-        return beta * torch.stack(terms).logsumexp(0)
-
-    for prefix in (s for s in pi_0 if s):
-        torch.testing.assert_close(value(prefix), torch.as_tensor(reward(prefix)))
-    for y in leaves:
-        states = [y[:t] for t in range(len(y))]
-        log_hat, log_0 = (torch.stack([p[s] for s in states]) for p in (pi_hat, pi_0))
-        credit = beta * (oracle_log_probs(log_hat, y) - oracle_log_probs(log_0, y))
-        steps = [reward(y[: t + 1]) - (reward(y[:t]) if t else 0.0) for t in range(len(y))]
-        torch.testing.assert_close(credit, torch.stack(steps))
-        torch.testing.assert_close(credit.sum(), reward(y))
-
-
 @pytest.mark.parametrize("seed", range(40))
-def test_the_objective_is_the_distance_from_pi_hat_and_mixing_it_in_raises_it(seed):
-    """J(pi) = -beta KL(pi || pi_hat), largest at pi_hat. By lemma 4.1 mixing over whole responses
-    is never worse: not from pi_theta = pi_0, where training starts, nor from elsewhere."""
-    beta = 0.7
-    policies, leaves = tree_policies(seed=seed)
+def test_a_prefix_is_worth_its_own_reward_and_pi_hat_is_the_best_policy(seed):
+    """Eq. 3 to 10, over all responses of three tokens, each of which is one of three. By lemma 4.1
+    mixing pi_hat in is never worse: not from pi_0, where training starts, nor from elsewhere."""
+    rng, beta = torch.Generator().manual_seed(seed), 0.7
+    shapes = [(3,), (3, 3), (3, 3, 3)]  # a row of logits behind every prefix of 0, 1 and 2 tokens
+    z_0, z_plus = ([torch.randn(x, generator=rng).double() for x in shapes] for _ in range(2))
+    next_0, next_plus = ([z.log_softmax(-1) for z in zs] for zs in (z_0, z_plus))
+    next_hat = [q.superior_policy(a, b, 1.4) for a, b in zip(z_0, z_plus, strict=True)]
+    # log-probabilities of the prefixes of 1, 2 and 3 tokens
     log_0, log_plus, log_hat = (
-        torch.stack([log_probability(policy, y) for y in leaves]) for policy in policies
+        list(itertools.accumulate(steps, lambda prefix, step: prefix[..., None] + step))
+        for steps in (next_0, next_plus, next_hat)
     )
-    reward = beta * (log_hat - log_0)  # eq. 6
+    reward = [beta * (b - a) for a, b in zip(log_0, log_hat, strict=True)]  # eq. 6
+    for n, prefix in enumerate(log_0):
+        ends = (log_0[2] + reward[2] / beta).reshape(*prefix.shape, -1)  # of what begins with it
+        value = beta * (ends.logsumexp(-1) - prefix)
+        torch.testing.assert_close(value, reward[n])
+        credit = reward[n] - (reward[n - 1][..., None] if n else 0.0)
+        torch.testing.assert_close(credit, beta * (next_hat[n] - next_0[n]))
+
+    log_0, log_plus, log_hat, reward = (x[2].flatten() for x in (log_0, log_plus, log_hat, reward))
 
     def objective(p):  # E_pi[r] - beta KL(pi || pi_0) over all responses (eq. 3)
         return (p * reward).sum() - beta * (torch.special.xlogy(p, p) - p * log_0).sum()
 
-    noise = torch.randn(3, len(log_0), generator=torch.Generator().manual_seed(seed)).double()
+    noise = torch.randn(3, 27, generator=rng).double()
     sharp = (noise[0] * 30).log_softmax(0)  # all but one response
     for log_theta in (log_0, log_plus, log_hat, sharp, *(log_hat + noise).log_softmax(-1)):
         j = objective(log_theta.exp())
@@ -389,12 +354,11 @@ def pair(chosen, rejected):
 @pytest.mark.parametrize(
     "record, expected",
     [
-        # final replies that share their first characters: no part of the prompt
-        (pair(["a", "I am well"], ["a", "I am ill"]), [user("a")]),
+        # Turns that only begin alike are no part of the prompt.
+        (pair(["a", "b", "I am well", "c"], ["a", "b", "I am ill", "c"]), [user("a")]),
         (pair("abcd", "abce"), [user("a"), assistant("b"), user("c")]),
         # they part before the last turn: cut back to the last shared human turn
         (pair("abcd", "axce"), [user("a")]),
-        (pair("abc", "abz"), [user("a")]),
         (pair("ab", ["a", ""]), [user("a")]),  # an empty reply
         (pair("ab", "zb"), []),  # nothing shared
         ({"prompt": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d\n\nHuman: e"},
@@ -403,9 +367,10 @@ def pair(chosen, rejected):
         ({"prompt": "  plain text "}, [user("plain text")]),
         ({"prompt": "Is Human: a role?"}, [user("Is Human: a role?")]),
         ({"prompt": "Human: Is Human: a role?"}, [user("Is Human: a role?")]),
+        ({"prompt": "\n\nHuman: a\nHuman: b"}, [user("a\nHuman: b")]),
+        ({"prompt": "text\n\nHuman: a"}, [user("text\n\nHuman: a")]),
+        ({"messages": [system("s"), system("t"), user("a")]}, [system("s\n\nt"), user("a")]),
         ({"prompt": "a", "messages": [user("b")]}, [user("a")]),
-        ({"prompt": hh("a", "b", "c", "")}, [user("a"), assistant("b"), user("c")]),
-        ({"prompt": [user("a"), assistant("b")]}, [user("a")]),
         ({"messages": [system("s"), user("a"), assistant("b")]}, [system("s"), user("a")]),
         ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
         ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
@@ -418,7 +383,6 @@ def pair(chosen, rejected):
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
          [user("a")]),
         ({"prompt": "a", **pair("xy", "xz")}, [user("a")]),
-        ({"prompt": "   "}, []),
         ({"messages": []}, []),
         ({"messages": [system("s")]}, []),
     ],
@@ -428,38 +392,34 @@ def test_prompt_of(record, expected):
 
 
 def write(path, text):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt") as file:
-        file.write(text)
+    path.write_text(text)
     return str(path)
 
 
-class AnyLength:
-    """A chat format that renders whatever it gets, and in which no prompt is too long."""
-
-    @staticmethod
-    def shorten(messages, limit):
-        q.check(messages, "without a prompt")
-        return messages
+ANY_LENGTH = types.SimpleNamespace(  # a chat format in which no prompt is too long
+    shorten=lambda messages, limit: q.check(messages, "without a prompt") or messages
+)
 
 
 def write_records(path, records):
     return write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def load(data, chat=AnyLength, limit=10**6, count=10**6, seed=0):
+def load(data, chat=ANY_LENGTH, limit=10**6, count=10**6, seed=0):
     cfg = q.Config("m", max_prompt_tokens=limit, seed=seed)
     return q.load_prompts(cfg, chat, data, "train", count)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_files_of_every_kind_together(tmp_path, suffix):
-    lines = '{"prompt": "one"}\n\n{"prompt": "two"}\n'
-    a = write(tmp_path / f"a.jsonl{suffix}", lines)
-    b = write(tmp_path / f"b.json{suffix}", '[{"prompt": "three"}, {"prompt": "one"}]')
-    prompts, left_out = load(f"{a}, {b}")
-    assert sorted(p[0]["content"] for p in prompts) == ["one", "three", "two"]
-    assert left_out == {"duplicate": 1}
+    a, b, c = (tmp_path / f"{name}{suffix}" for name in ("a.jsonl", "b.json", "c.json"))
+    pack = gzip.compress if suffix else bytes
+    a.write_bytes(pack(b'{"prompt": "one"}\n\n{"prompt": "two"}\n'))
+    b.write_bytes(pack(b'[{"prompt": "three"}, {"prompt": "one"}]'))
+    c.write_bytes(pack(b'{"prompt": "four"}\n{"prompt": "two"}\n'))
+    prompts, left_out = load(f"{a}, {b}, {c}")
+    assert sorted(p[0]["content"] for p in prompts) == ["four", "one", "three", "two"]
+    assert left_out == {"duplicate": 2}
 
 
 NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'messages', or"
@@ -469,14 +429,14 @@ NO_JSON, NEEDS = "cannot be read as JSON", "line 1: a record needs 'prompt', 'me
     "name, content, message",
     [
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', f"a.jsonl, line 2: {NO_JSON}"),
-        ("a.jsonl", b"[" * 10**5, f"a.jsonl, line 1: {NO_JSON}"),
+        ("a.jsonl", b"[" * 10**5, f"a.jsonl: {NO_JSON}"),
         ("a.jsonl", b'{"prompt": "x"}\n"\xff"\n', f"line 2: {NO_JSON} in UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 999)[:-30], NO_JSON),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n')[:10] + bytes(range(99)), NO_JSON),
         ("a.jsonl.gz", b"no gzip", NO_JSON),
-        ("a.json", b'{"prompt": "x"}', "a.json, item 1: a record needs 'prompt'"),
+        ("a.json", b"[7]", "a.json, item 1: a record needs 'prompt'"),
         ("a.json", b"[1", f"a.json: {NO_JSON}"),
-        ("a.json", b"7", f"a.json: {NO_JSON}"),
+        ("a.json", b"7", "a.json, line 1: a record needs 'prompt'"),
         ("a.jsonl", b'{"prompt": "x"}\n{"question": "y"}\n', "a.jsonl, line 2: a record needs"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', NEEDS),
         ("a.jsonl", b'"prompt"\n', NEEDS),
@@ -507,16 +467,11 @@ HH_TEXT = st.lists(st.sampled_from(HH_PIECES) | st.text(max_size=9)).map("".join
 
 
 def is_prompt(turns):
-    """Turns of known roles, of which the first is no assistant's and the last the user's."""
-    roles = [t["role"] for t in turns]
+    """No turns, or a system's at most, and then the user's and the assistant's by turns."""
+    letters = {"system": "s", "user": "u", "assistant": "a"}
+    roles = "".join(letters[t["role"]] for t in turns)
     texts = [t["content"] for t in turns]
-    return not turns or (
-        {"system", "user", "assistant"} >= set(roles)
-        and roles[-1] == "user"
-        and roles[0] != "assistant"
-        and all(a != b for a, b in itertools.pairwise(roles))
-        and all(text == text.strip() != "" for text in texts)
-    )
+    return re.fullmatch("(s?u(au)*)?", roles) and all(text == text.strip() != "" for text in texts)
 
 
 @FUZZ
@@ -545,55 +500,48 @@ def test_whatever_the_hh_text_turns_or_none(chosen, rejected):
     assert is_prompt(both) and both == (q.prompt_of({"prompt": chosen}) if is_hh else [])
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download of a data set asks for."""
+HUB_FILES = {
+    "helpful/train.jsonl.gz": gzip.compress(b'{"prompt": "helpful"}'),
+    "harmless/train.jsonl.gz": gzip.compress(b'{"prompt": "harmless"}'),
+    "harmless/test.jsonl.gz": gzip.compress(b'{"prompt": "held out"}'),
+    "README.md": b"",
+}
 
-    commit = "0" * 40
-    files = {  # noqa: RUF012
-        "helpful/train.jsonl.gz": gzip.compress(b'{"prompt": "helpful"}'),
-        "harmless/train.jsonl.gz": gzip.compress(b'{"prompt": "harmless"}'),
-        "harmless/test.jsonl.gz": gzip.compress(b'{"prompt": "held out"}'),
-        "README.md": b"",
-    }
 
-    def do_GET(self):
-        path, headers, status = self.path.partition("?")[0], {"X-Repo-Commit": self.commit}, 200
-        if path.startswith("/api/datasets/org/set/revision"):
-            body = json.dumps({"id": "org/set", "sha": self.commit}).encode()
-        elif path.startswith("/api/datasets/org/set/tree"):
-            entry = {"type": "file", "oid": "0"}
-            tree = [{**entry, "path": k, "size": len(v)} for k, v in self.files.items()]
-            body = json.dumps(tree).encode()
-        elif "/org/set/resolve/" in path:
-            body = self.files[path.partition(self.commit + "/")[2]]
-            headers["ETag"] = f'"{hash(body)}"'
-        else:
-            body, status, headers["X-Error-Code"] = b"", 404, "RepoNotFound"
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": len(body)}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """As much of the hub as a download of a data set asks for: files of a folder."""
 
-    do_HEAD = do_GET
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "0")
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("ETag", f'"{hash(self.path)}"')
+        super().end_headers()
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture(scope="session")
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    tree = [{"type": "file", "oid": "0", "path": k, "size": len(v)} for k, v in HUB_FILES.items()]
+    answers = {"revision/main": {"id": "org/set", "sha": "0"}, "tree/0": tree}
+    pages = {f"api/datasets/org/set/{k}": json.dumps(v).encode() for k, v in answers.items()}
+    pages |= {f"datasets/org/set/resolve/0/{path}": text for path, text in HUB_FILES.items()}
+    for path, text in pages.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(text)
+    handler = functools.partial(Hub, directory=root)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 
 
 def test_hub_data_sets(hub, tmp_path, monkeypatch):
     """Train files alone, of the whole set or of one folder; what is not there is one line."""
-    snapshot = q.huggingface_hub.snapshot_download
+    snapshot = q.snapshot_download
     download = functools.partial(snapshot, endpoint=hub, cache_dir=tmp_path)
-    monkeypatch.setattr(q.huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(q, "snapshot_download", download)
 
     def prompts(name, split="train"):
         return [record["prompt"] for _, record in q.read_records(name, split)]
@@ -672,30 +620,26 @@ IN_LAST_USER_TURN = with_system_text(  # Mistral's manner
     "{{ system + '\n\n' if loop.last and system else '' }}{{ m.content }}[/INST]"
     "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
-PLACES = [  # template, how contexts begin without and with the principle, and behind "Own."
+PLACES = [  # template, how contexts begin without and with the principle, its own system text
     ({"rag": "rag", "default": CHAT_TEMPLATE}, "<s><|user|>q", "<s><|system|>PRINCIPLE.<|user|>q",
-     "<s><|system|>Own. PRINCIPLE.<|user|>q"),
-    (QWEN, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q",
-     "<system>Own. PRINCIPLE.</><user>q"),
+     ""),
+    (QWEN, "<system>You are Q.</><user>q", "<system>You are Q. PRINCIPLE.</><user>q", "You are Q."),
     (LLAMA, "<system>Today: 27 Aug 2024\n\n</><user>q",
-     "<system>Today: 27 Aug 2024\n\nPRINCIPLE.</><user>q",
-     "<system>Today: 27 Aug 2024\n\nOwn. PRINCIPLE.</><user>q"),
+     "<system>Today: 27 Aug 2024\n\nPRINCIPLE.</><user>q", ""),
     (GRANITE, "<system>It is 27 Aug 2024. You are Q.</>\n<user>q",
      "<system>It is 27 Aug 2024. You are Q. PRINCIPLE.</>\n<user>q",
-     "<system>Own. PRINCIPLE.</>\n<user>q"),
+     "It is 27 Aug 2024. You are Q."),
     (KIMI, "<system>You are Q.</>\n<user>q", "<system>You are Q. PRINCIPLE.</><user>q",
-     "<system>Own. PRINCIPLE.</><user>q"),
+     "You are Q."),
     (GPT_OSS, "<system>It is 27 Aug 2024.</><user>q",
-     "<system>It is 27 Aug 2024.</><developer>PRINCIPLE.</><user>q",
-     "<system>It is 27 Aug 2024.</><developer>Own. PRINCIPLE.</><user>q"),
-    (DEEPSEEK, "<s><user>q", "<s>PRINCIPLE.\n\n<user>q", "<s>Own. PRINCIPLE.\n\n<user>q"),
-    (GEMMA, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>", "<s><user>Own. PRINCIPLE.\n\nq</>"),
-    (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", "<user>Own. PRINCIPLE.\n\nq"),
+     "<system>It is 27 Aug 2024.</><developer>PRINCIPLE.</><user>q", ""),
+    (DEEPSEEK, "<s><user>q", "<s>PRINCIPLE.\n\n<user>q", ""),
+    (GEMMA, "<s><user>q</>", "<s><user>PRINCIPLE.\n\nq</>", ""),
+    (IGNORES_SYSTEM, "<user>q", "<user>PRINCIPLE.\n\nq", ""),
     (IN_LAST_USER_TURN, "<s>[INST]q[/INST]a</s>[INST]r",
-     "<s>[INST]q[/INST]a</s>[INST]PRINCIPLE.\n\nr",
-     "<s>[INST]q[/INST]a</s>[INST]Own. PRINCIPLE.\n\nr"),
+     "<s>[INST]q[/INST]a</s>[INST]PRINCIPLE.\n\nr", ""),
     (None, f"<s> {VICUNA_SYSTEM} USER: q ", f"<s> {VICUNA_SYSTEM} PRINCIPLE. USER: q ",
-     "<s> Own. PRINCIPLE. USER: q "),
+     VICUNA_SYSTEM),
 ]  # fmt: skip
 
 
@@ -705,8 +649,8 @@ def chat_of(template, principle="PRINCIPLE."):
     return q.Chat(tokenizer, principle)
 
 
-@pytest.mark.parametrize("template, plain, shown, own", PLACES)
-def test_place_of_the_principle(template, plain, shown, own):
+@pytest.mark.parametrize("template, plain, shown, default", PLACES)
+def test_place_of_the_principle(template, plain, shown, default):
     """Also behind a prompt's own system text, which takes the place of the default one. Without it
     a context is what the template renders."""
     chat = chat_of(template)
@@ -716,6 +660,7 @@ def test_place_of_the_principle(template, plain, shown, own):
     texts = [chat.render(prompt) for prompt in prompts]
     options = {"add_generation_prompt": True, "strftime_now": q.datetime(2024, 8, 27).strftime}
     assert texts[0] == chat.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    own = shown.replace(f"{default} PRINCIPLE.".lstrip(), "Own. PRINCIPLE.")
     begin = [plain, shown, own.replace(" PRINCIPLE.", ""), own]
     for prompt, text, start in zip(prompts, texts, begin, strict=True):
         assert text.startswith(start)
@@ -744,14 +689,11 @@ def test_long_prompts_lose_their_oldest_turns_never_the_principle():
     assert chat.shorten(turns, whole - 1) == turns[2:]
     last = len(chat.ids(chat.with_principle(turns[4:])))
     assert chat.shorten(turns, last) == turns[4:]
-    assert "PRINCIPLE." in chat.render(chat.with_principle(turns[4:]))
     with pytest.raises(q.UserError, match=r"^too long$"):
         chat.shorten(turns, last - 1)
     with_system = [system("Own."), *turns]
     limit = len(chat.ids(chat.with_principle([with_system[0], turns[4]])))
     assert chat.shorten(with_system, limit) == [with_system[0], turns[4]]
-    with pytest.raises(q.UserError, match=r"^without a prompt$"):
-        chat.shorten([], limit)
 
 
 @pytest.mark.parametrize(
@@ -776,8 +718,6 @@ def test_default_system_texts(plain, shown, text):
          "does not show the text of a user turn"),
         # Command R+: without tools
         ("{% for tool in tools %}{% endfor %}" + CHAT_TEMPLATE, "'NoneType' object is not iter"),
-        ("{{ messages[0].name.first }}", "has no attribute 'name'"),
-        ("{{ 1 // (messages|length - 1) }}", "ZeroDivisionError"),
         ("{% for %}", "TemplateSyntaxError"),
         ({"rag": CHAT_TEMPLATE, "tool_use": ""}, "no default specified"),
     ],
@@ -841,15 +781,14 @@ def test_vicuna_ids_are_those_of_fastchat(legacy, tmp_path):
             assert saved(fastchat(messages))["input_ids"] == ids
 
 
-@pytest.mark.parametrize("others", [("b", "c"), ("c", None), (None, "b"), ("a", "b")])
-def test_the_tokenizer_is_the_policys(others, tmp_path):
+def test_the_tokenizer_is_the_policys(tmp_path):
     for name in "abc":
         transformers.LlamaConfig(vocab_size=261).save_pretrained(tmp_path / name)
         tokenizer = make_tokenizer()
         tokenizer.chat_template = f"{name} {CHAT_TEMPLATE}"
         tokenizer.save_pretrained(tmp_path / name)
-    negative, positive = (name and str(tmp_path / name) for name in others)
-    cfg = q.Config(str(tmp_path / "a"), negative_model=negative, positive_model=positive)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    cfg = q.Config(a, negative_model=b, positive_model=c)
     assert q.load_tokenizer(cfg).chat_template.startswith("a ")
 
 
@@ -876,7 +815,7 @@ def test_tekken_json_beside_tokenizer_json_is_left_alone_and_without_it_refused(
     of_its_class = '{"tokenizer_class": "MistralCommonBackend"}'
     write(tmp_path / "saved" / "tokenizer_config.json", of_its_class)
     for name in ("alone", "saved"):
-        with pytest.raises(q.UserError, match=f"/{name}: tekken.json alone, add tokenizer.json$"):
+        with pytest.raises(q.UserError, match=f"/{name}: has tekken.json but no tokenizer.json, "):
             q.load_tokenizer(q.Config(str(tmp_path / name)))
 
 
@@ -941,27 +880,6 @@ def some_labels(samples):
     return lambda rows: log_pi_hat[rows]
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_policy_on_its_way_forth_and_back(checkpointing):
-    """It sums its distance to what the sampler said. On the way back layers run again only with
-    checkpointing, and the states that predict response tokens alone get a gradient."""
-    model, samples, calls, gradients = small_llama(0), some_samples(), [], []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    model.model.norm.register_full_backward_hook(lambda m, i, o: gradients.append(o[0]))
-    loss, _, gap = q.Policy(model, checkpointing)(samples, some_labels(samples))
-    expected = 0.0
-    for s in samples:
-        z = oracle_logits(small_llama(0), s.prompt_ids, s.response_ids)
-        log_pi_theta = oracle_log_probs(z, s.response_ids)
-        expected += (log_pi_theta - torch.tensor(s.log_probs)).abs().sum().item()
-    assert gap.item() == pytest.approx(expected, rel=1e-6) and expected > 1
-    loss.backward()
-    assert len(calls) == 1 + checkpointing
-    _, rows = caught_inputs([(s.prompt_ids, s.response_ids) for s in samples])
-    touched = gradients[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
-    assert touched.tolist() == rows.tolist()
-
-
 @pytest.fixture
 def one_rank(monkeypatch):
     monkeypatch.setattr(q.dist, "get_rank", lambda: 0)
@@ -1006,23 +924,32 @@ def test_numbers_that_cannot_be_right_stop_before_the_step(one_rank, loss, gap, 
     engine.step.assert_not_called()
 
 
-def test_no_gradient_is_computed_for_samples_that_are_not_fitted(one_rank):
-    policy, forwards = q.Policy(small_llama(0), checkpointing=True), []
-    attention = policy.model.model.layers[0].self_attn
-    attention.register_forward_hook(lambda *_: forwards.append(1))
-
-    def forward(*args):
-        sums = policy(*args)
-        assert sums[0].requires_grad == fit
-        return sums
-
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_policy_is_compared_and_on_its_way_back_fitted(one_rank, checkpointing):
+    """It sums its distance to what the sampler said. On the way back layers run again only with
+    checkpointing, and the states that predict response tokens alone get a gradient. Without fitting
+    there is no way back."""
+    policy, samples = q.Policy(small_llama(0), checkpointing), some_samples()
+    samples.sort(key=lambda s: -len(s.prompt_ids + s.response_ids))  # as in their one micro-batch
+    forwards, gradients, fitted = [], [], []
+    policy.model.model.layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))
+    policy.model.model.norm.register_full_backward_hook(lambda m, i, o: gradients.append(o[0]))
+    policy.register_forward_hook(lambda m, i, sums: fitted.append(sums[0].requires_grad))
+    gaps = []
+    for s in samples:
+        z = oracle_logits(small_llama(0), s.prompt_ids, s.response_ids)
+        gaps.append((oracle_log_probs(z, s.response_ids) - torch.tensor(s.log_probs)).abs())
     for fit in (False, True):
-        engine = Mock(device="cpu", side_effect=forward)
+        engine = Mock(device="cpu", side_effect=policy)
         engine.backward.side_effect = torch.Tensor.backward
-        record = q.compare(engine, some_labels, some_samples(), 10**6, fit)
+        record = q.compare(engine, some_labels, samples, 10**6, fit)
         assert engine.backward.call_count == fit and 0 < record["kl"] < record["loss"]
+        assert record["sampler_gap"] == pytest.approx(torch.cat(gaps).mean().item(), rel=1e-6)
         assert all((p.grad is not None) == fit for p in policy.parameters())
-    assert len(forwards) == 3  # One without gradients; one, and one more on the way back, with.
+    assert fitted == [False, True] and len(forwards) == 2 + checkpointing
+    _, rows = caught_inputs([(s.prompt_ids, s.response_ids) for s in samples])
+    touched = gradients[0].flatten(0, 1).abs().sum(-1).nonzero().flatten()
+    assert touched.tolist() == rows.tolist()
 
 
 def test_contexts_seeds_and_answers_of_samples(one_rank):
@@ -1060,10 +987,6 @@ def test_what_vllm_refuses_is_one_line(one_rank, monkeypatch):
         q.Sampler(q.Config("m"), None)
 
 
-class Kill(BaseException):
-    """The end of the process, as far as the code under test can see."""
-
-
 def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
     """What train() does to the disk, on one rank and without models. It is killed before the
     kill_at-th change of a file or folder, of which it returns the number."""
@@ -1081,7 +1004,7 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
     def killing(function):
         def changed(*args, **kwargs):
             if next(calls) == kill_at:
-                raise Kill
+                raise SystemExit  # the end of the process, as far as the code under test can see
             return function(*args, **kwargs)
 
         return changed
@@ -1106,7 +1029,7 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
                     run.save_state(saved, epoch)
         finally:
             if hasattr(run, "lock"):  # Given back as at the end of a process.
-                os.close(run.lock)
+                run.lock.close()
     return next(calls)
 
 
@@ -1125,7 +1048,7 @@ def test_killed_before_any_change_of_the_disk_and_started_again_a_run_ends_alike
     assert len(expected["metrics.jsonl"].splitlines()) == 6
     for kill_at in range(n):
         out = tmp_path / str(kill_at)
-        with contextlib.suppress(Kill):
+        with contextlib.suppress(SystemExit):
             a_run(out, 3, monkeypatch, kill_at, save_every=save_every)
         done = out / "state" / "done.json"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
@@ -1145,11 +1068,13 @@ def test_a_run_in_the_folder_is_continued_only_with_its_settings(tmp_path, monke
     run = q.Run(q.Config("m", output_dir=str(tmp_path), alpha=1.3), [])
     with pytest.raises(q.UserError, match="another job is running in it"):
         a_run(tmp_path, 1, monkeypatch)
-    os.close(run.lock)
+    run.lock.close()
     a_run(tmp_path, 1, monkeypatch)
     with pytest.raises(q.UserError) as error:
         a_run(tmp_path, 1, monkeypatch, alpha=1.5, seed=3)
     assert "alpha 1.4 there, 1.5 here; seed 0 there, 3 here" in str(error.value)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')  # cut by a kill
     a_run(tmp_path, 2, monkeypatch, micro_batch_tokens=7)  # more epochs, less memory
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 4
     with pytest.raises(q.UserError, match=r"folder: data_crc32 \d+ there"):
@@ -1183,7 +1108,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
             run.save_samples("epoch-002", [q.Sample(0, [user("x")], [1], [2])])
         with pytest.raises(q.UserError, match="epoch-002: not written, disk full"):
             run.save_state(Mock(save_checkpoint=full), 2)
-    os.close(run.lock)
+    run.lock.close()
     a_run(tmp_path, 1, monkeypatch)
     assert contents(tmp_path) == before
 
@@ -1208,52 +1133,33 @@ def test_options_that_make_no_sense(name, values):
             q.Config("m", **{name: value})
 
 
+SHAPE_7B = 6.74e9, 32, 4096, 32000, 8
+
+
 @pytest.mark.parametrize(
-    "weights, layers, d, vocabulary, ranks, expected",
-    [
-        (3.09e9, 36, 2048, 151936, 1, [67.4, 6.0, 8.2]),  # On 80 GB, 0.15 is left for vLLM.
-        (6.74e9, 32, 4096, 32000, 8, [24.1, 5.0, 15.5]),
-        (13.0e9, 40, 5120, 32000, 8, [39.8, 6.0, 28.0]),
+    "shape, options, zero, expected",
+    [  # Behind: what an H200 showed while vLLM slept, and more at the peak of a step.
+        ((494032768, 24, 896, 151936, 1), {}, {}, [15.153, 2.650, 2.988]),  # 14.0, 3.0
+        ((1543714304, 28, 1536, 151936, 1), {}, {}, [36.341, 4.900, 5.087]),  # 35.0, 4.0
+        ((3085938688, 36, 2048, 151936, 1), {}, {}, [67.341, 6.001, 8.172]),  # 67.9, 4.4
+        (SHAPE_7B, {}, {}, [24.112, 4.955, 15.48]),  # 17 GB are 20 bytes a weight on 8 ranks.
+        ((13.0e9, 40, 5120, 32000, 8), {}, {}, [39.828, 6.029, 28.0]),
+        (SHAPE_7B, {}, {"offload_optimizer": {"device": "cpu"}}, [10.632, 4.955, 15.48]),
+        (SHAPE_7B, {}, {"offload_param": {"device": "cpu"}}, [20.742, 4.955, 15.48]),
+        (SHAPE_7B, {}, {"offload_optimizer": {"device": "none"}}, [24.112, 4.955, 15.48]),
+        (SHAPE_7B, {}, {"offload_optimizer": {}, "offload_param": None}, [24.112, 4.955, 15.48]),
+        (SHAPE_7B, {"positive_model": "b"}, {}, [26.059, 4.955, 15.48]),
+        (SHAPE_7B, {"micro_batch_tokens": 2048}, {}, [24.112, 4.133, 15.48]),
+        (SHAPE_7B, {"activation_checkpointing": False}, {}, [24.112, 21.564, 15.48]),
+        (SHAPE_7B, {"tensor_parallel_size": 2}, {}, [24.112, 4.955, 8.74]),
     ],
 )
-def test_memory_needs(weights, layers, d, vocabulary, ranks, expected):
-    """GB from which the README's table follows. Of 7B, 17 are 20 bytes a weight on 8 ranks."""
+def test_memory_needs(shape, options, zero, expected):
+    """GB from which the README's table follows."""
+    weights, layers, d, vocabulary, ranks = shape
     config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=vocabulary)
-
-    def needs(zero=None, **options):
-        return q.memory_needs(q.Config("m", **options), config, weights, ranks, zero or {})
-
-    got, other = needs(), 5 if ranks == 1 else 7
-    assert got == pytest.approx(expected, abs=0.06)
-    assert got[0] == pytest.approx(20 * weights / ranks / 1e9 + other, abs=0.7)
-    for key, moved in (("offload_optimizer", 16), ("offload_param", 4)):
-        less = [got[0] - moved * weights / ranks / 1e9, *got[1:]]
-        assert needs({key: {"device": "cpu"}}) == pytest.approx(less)
-        assert needs({key: {"device": "none"}}) == needs({key: None}) == needs({key: {}}) == got
-    two_frozen = needs(positive_model="b")[0] - got[0]
-    assert two_frozen == pytest.approx((weights / ranks + d * vocabulary) * 2e-9)
-    kept = (34 + 2 * layers) * 2048 * d * 1e-9  # a layer, and the inputs of all
-    assert got[1] - needs(micro_batch_tokens=2048)[1] == pytest.approx(kept)
-    more = needs(activation_checkpointing=False)[1] - got[1]
-    assert more == pytest.approx(34 * layers * 4096 * d * 1e-9 - 2 * kept)
-    assert needs(tensor_parallel_size=2)[2] == pytest.approx(weights * 1e-9 + 2)
-
-
-@pytest.mark.parametrize(
-    "weights, layers, d, kept, fitted",
-    [
-        (494032768, 24, 896, 14.0, 3.0),
-        (1543714304, 28, 1536, 35.0, 4.0),
-        (3085938688, 36, 2048, 67.9, 4.4),
-    ],
-)
-def test_memory_needs_are_near_what_an_h200_showed(weights, layers, d, kept, fitted):
-    """GB of models of Qwen2.5's shapes: all that was taken while vLLM slept, and what PyTorch had
-    in use beyond that at the peak of a step. AdamW's moments are added where none were yet."""
-    config = Mock(num_hidden_layers=layers, hidden_size=d, vocab_size=151936)
-    got_kept, got_fitted, _ = q.memory_needs(q.Config("m"), config, weights, 1, {})
-    assert got_kept == pytest.approx(kept, abs=1.5)
-    assert got_fitted == pytest.approx(fitted, abs=1.7)
+    got = q.memory_needs(q.Config("m", **options), config, weights, ranks, zero)
+    assert got == pytest.approx(expected, abs=6e-4)
 
 
 def test_what_cannot_fit_is_refused_with_the_value_to_set(one_rank, tmp_path, monkeypatch, capsys):
@@ -1286,24 +1192,23 @@ def test_defaults_are_the_papers_and_those_in_the_readme():
     assert len(rows) == 4 and all(str(getattr(cfg, name)) == value for name, value in rows), rows
 
 
-@pytest.mark.parametrize("gpus, backend", [(0, "gloo"), (1, "cpu:gloo,cuda:nccl")])
-def test_what_objects_and_tensors_go_over(monkeypatch, gpus, backend):
+def test_objects_go_over_gloo_and_tensors_over_nccl(monkeypatch):
     """With both, PyTorch takes the CPU's for objects. No device is bound."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    joined = Mock()
     with (
         patch.dict(os.environ),
-        patch.object(q.dist, "init_process_group", joined.torch),
-        patch.object(q.deepspeed, "init_distributed", joined.deepspeed),
+        patch.object(q.dist, "init_process_group") as init,
+        patch.object(q.deepspeed, "init_distributed"),
         patch.object(q.deepspeed.get_accelerator(), "set_device"),
     ):
         q.join_ranks()
-    hours = q.timedelta(hours=12)
-    assert joined.mock_calls == [call.torch(backend, timeout=hours), call.deepspeed()]
+    init.assert_called_once_with("cpu:gloo,cuda:nccl", timeout=q.timedelta(hours=12))
 
 
-OURS = ("train_batch_size", "optimizer", "scheduler", "fp16", "gradient_accumulation_steps")
+OURS = ("train_batch_size", "gradient_accumulation_steps", "data_types")
+OURS += ("optimizer", "scheduler", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -1354,21 +1259,19 @@ def test_whole_weights_come_one_by_one_in_the_models_order(monkeypatch):
 
     @contextlib.contextmanager
     def gather(parameters):
-        gathered.append(parameters)
+        gathered.extend(parameters)
         yield
-        gathered.remove(parameters)
+        gathered.clear()
 
     monkeypatch.setattr(q.deepspeed.zero, "GatheredParameters", gather)
-    model, names = small_llama(0), []
+    model = small_llama(0)
     model.register_buffer("scale", torch.ones(1))  # as Gemma 4 and Apertus have some
-    for name, weight in q.whole_weights(model):
-        if name == "scale":
-            assert weight is model.scale
-        else:
-            ((one,),) = gathered  # While it is looked at, and nothing else.
-            assert one is model.get_parameter(name) and torch.equal(weight, one)
-        names.append(name)
-    assert names == [*(name for name, _ in model.named_parameters()), "scale"] and gathered == []
+    expected = {**dict(model.named_parameters()), "scale": model.scale}
+    for (name, weight), wanted in zip(q.whole_weights(model), expected.items(), strict=True):
+        assert name == wanted[0] and weight.data_ptr() == wanted[1].data_ptr()
+        # A parameter is gathered while it is looked at, and nothing else is.
+        assert [id(one) for one in gathered] == [id(wanted[1])] * (name != "scale")
+    assert gathered == []
 
 
 # ------------------------------------------------------------- Tests: real processes, end to end --
@@ -1594,7 +1497,6 @@ def test_training_on_two_ranks_is_plain_pytorch_on_one_process(toy, run_2):
     records = [record for epoch_records, _ in epochs for record in epoch_records]
     steps = metrics(out, "step")
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
-    assert [s["samples"] for s in steps] == [4, 3, 4, 3]
     for got, expected in zip(steps, records, strict=True):
         gap = expected.pop("sampler_gap")
         assert got["sampler_gap"] == pytest.approx(gap, rel=2e-4, abs=2e-6)
@@ -1629,7 +1531,7 @@ def test_ranks_checkpointing_tensor_parallel_sampling_leaf_modules_and_offloadin
         for a, b in zip(ours, theirs, strict=True):
             assert a.pop("log_probs") == pytest.approx(b.pop("log_probs"), rel=1e-3, abs=1e-5)
             assert a == b
-    kinds = {"step": "loss kl grad_norm tokens samples", "epoch": "loss kl response_tokens_mean"}
+    kinds = {"step": "loss kl grad_norm tokens", "epoch": "loss kl response_tokens_mean"}
     for kind, keys in kinds.items():
         for a, b in zip(metrics(tmp_path, kind), metrics(run_2[0], kind), strict=True):
             for key in keys.split():
@@ -1643,9 +1545,9 @@ def test_what_a_run_writes_and_says(toy, run_2):
     assert config["alpha"] == 1.4 and config["ranks"] == 2 and config["principle"] == PRINCIPLE
     assert config["positive_model"] == str(toy / "a")
     steps, epochs = metrics(out, "step"), metrics(out, "epoch")
-    keys = "kind epoch step loss kl sampler_gap samples tokens grad_norm"
+    keys = "kind epoch step loss kl sampler_gap tokens grad_norm"
     assert " ".join(steps[0]) == keys
-    keys = "kind epoch step loss kl sampler_gap_first sampler_gap_last response_tokens_mean"
+    keys = "kind epoch step loss kl response_tokens_mean"
     assert " ".join(epochs[0]) == f"{keys} truncated sample_seconds train_seconds"
     assert 0 < sum(e["truncated"] for e in epochs) < 2  # both ways to end occur
     keys = "index messages prompt_ids principle_prompt_ids response_ids response log_probs"
@@ -1661,17 +1563,13 @@ def test_what_a_run_writes_and_says(toy, run_2):
             ended = s["response_ids"][-1] == 1  # EOS is a label where the model ended it itself
             assert ended == (s["finish_reason"] == "stop")
             assert ended or len(s["response_ids"]) == 24
-            assert len(s["log_probs"]) == len(s["response_ids"]) and max(s["log_probs"]) <= 0
         first, last = (step for step in steps if step["epoch"] == epoch)
         tokens = first["tokens"] + last["tokens"]
-        assert tokens == sum(len(s["response_ids"]) for s in samples)
         for key in ("loss", "kl"):
             mean = (first[key] * first["tokens"] + last[key] * last["tokens"]) / tokens
             assert record[key] == pytest.approx(mean)
         assert record["response_tokens_mean"] == pytest.approx(tokens / 7)
         assert record["truncated"] == sum(s["finish_reason"] == "length" for s in samples) / 7
-        assert record["sampler_gap_first"] == first["sampler_gap"]
-        assert record["sampler_gap_last"] == last["sampler_gap"]
     assert "left out: {'duplicate': 0}" in said
     assert re.search(r"pi_0 +reads '<s><\|user\|>", said)
     assert re.search(rf"pi_plus +reads '<s><\|system\|>{PRINCIPLE}<\|user\|>", said)
@@ -1902,24 +1800,6 @@ def test_what_one_rank_alone_finds_is_one_line_too(launched):
     assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
 
 
-def watch_weights():
-    """Print whether an optimizer step that ends in a UserError leaves all weights alone."""
-    step = q.optimizer_step
-
-    def watched(engine, *rest):
-        weights = list(engine.module.parameters())
-        before = [p.ds_tensor.clone() for p in weights]
-        try:
-            return step(engine, *rest)
-        except q.UserError:
-            same = all(p.ds_tensor.equal(b) for p, b in zip(weights, before, strict=True))
-            sys.stdout.write(f"SAME {same} {len(weights)}\n")  # in one piece, for two ranks
-            sys.stdout.flush()
-            raise
-
-    q.optimizer_step = watched
-
-
 def the_line(result, script="inverse_q.py"):
     """The one line by which a program says what its user can fix."""
     said = result.stdout + result.stderr
@@ -1929,16 +1809,25 @@ def the_line(result, script="inverse_q.py"):
 
 
 def break_gradient():
-    watch_weights()
-    loss, calls = q.SoftLabelLoss.apply, []
+    """From the eighth loss on. Print whether the step that fails leaves all weights alone."""
+    loss, step, calls = q.SoftLabelLoss.apply, q.optimizer_step, itertools.count(1)
 
     def broken(h, *rest):
-        calls.append(h)
-        if len(calls) >= 8:
+        if next(calls) >= 8:
             h.register_hook(lambda g: g * math.nan)
         return loss(h, *rest)
 
-    q.SoftLabelLoss = types.SimpleNamespace(apply=broken)
+    def watched(engine, *rest):
+        weights = list(engine.module.parameters())
+        before = [p.ds_tensor.clone() for p in weights]
+        try:
+            return step(engine, *rest)
+        except q.UserError:
+            same = all(p.ds_tensor.equal(b) for p, b in zip(weights, before, strict=True))
+            os.write(1, f"SAME {same} {len(weights)}\n".encode())  # in one piece, for two ranks
+            raise
+
+    q.SoftLabelLoss, q.optimizer_step = types.SimpleNamespace(apply=broken), watched
 
 
 @processes
@@ -1954,21 +1843,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(toy, tm
 
 def break_sync(fault):
     """From the second epoch on: in the first, vLLM and the policy have the same weights anyhow."""
-    watch_weights()
     load, epochs = q.Sampler.load, itertools.count(1)
-
-    def swapped(name):
-        return re.sub(r"layers\.([01])\.", lambda m: f"layers.{1 - int(m[1])}.", name)
 
     def broken(sampler, weights):
         if next(epochs) == 1:
             pass
         elif fault == "skipped":  # The engine wakes up; without that it would wait for ever.
             sampler.llm.collective_rpc = lambda *_, **__: None
-        elif fault == "a layer is left out":
-            weights = iter([(k, w.clone()) for k, w in weights if "layers.1." not in k])
         else:
-            weights = iter([(swapped(k), w.clone()) for k, w in weights])
+            weights = iter([(k, w.clone()) for k, w in weights if "layers.1." not in k])
         load(sampler, weights)
 
     q.Sampler.load = broken
@@ -1977,25 +1860,18 @@ def break_sync(fault):
 @processes
 def test_a_sampler_without_the_weights_of_the_policy_stops_the_run(toy, tmp_path):
     options = ("--epochs", 3, "--samples_per_epoch", 2, "--learning_rate", 1e-3)
-    jobs = {}
-    for fault in ("skipped", "a layer is left out", "in the wrong order"):
+    lines = []
+    for fault in ("skipped", "a layer is left out"):
         prepare = functools.partial(break_sync, fault)
-        jobs[fault] = start(toy, tmp_path / fault, 1, *options, prepare=prepare)
-    for fault, job in jobs.items():
-        result = job.result(check=False)
-        line = the_line(result)
-        if fault == "a layer is left out":
-            assert "vLLM did not get all weights of the policy: " in line
-            names = set(re.findall(r"model\.layers\.[\w.]+", line))
-            assert "model.layers.1.mlp.down_proj.weight" in names and len(names) >= 5
-            assert all(name.startswith("model.layers.1.") for name in names)
-            assert "SAME" not in result.stdout  # It was not fitted at all.
-        else:
-            assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in line
-            assert "vLLM's weights or computations differ" in line
-            assert "SAME True 21" in result.stdout
+        job = start(toy, tmp_path / fault, 1, *options, prepare=prepare)
+        lines.append(the_line(job.result(check=False)))
         (record,) = metrics(tmp_path / fault, "step")
         assert record["sampler_gap"] < 1e-5
+    assert "epoch 2, step 2: on samples [0, 1] sampler_gap is " in lines[0]
+    assert "vLLM did not get all weights of the policy: " in lines[1]
+    names = set(re.findall(r"model\.layers\.[\w.]+", lines[1]))
+    assert "model.layers.1.mlp.down_proj.weight" in names and len(names) >= 5
+    assert all(name.startswith("model.layers.1.") for name in names)
 
 
 CALLS = []  # in the process that rehearses
@@ -2009,14 +1885,13 @@ class Asleep:
 
 
 class StandIn:
-    """What vllm.LLM is on a GPU, as a recorder around a policy of transformers."""
+    """What vllm.LLM is on a GPU, as a recorder that answers everything alike."""
 
     def __init__(self, model, **options):
         from vllm.config import VllmConfig
 
         CALLS.append(options)
         torch.set_num_threads(1)  # as vLLM does
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
         config = VllmConfig()  # A real one leads to the attention layers, and they to their cache.
         config.compilation_config.static_forward_context["layers.0"] = Asleep()
         self.llm_engine = types.SimpleNamespace(vllm_config=config)
@@ -2030,17 +1905,13 @@ class StandIn:
         return lambda *_, **options: CALLS.append(" ".join([name, *map(str, options.values())]))
 
     def collective_rpc(self, method, kwargs):
-        CALLS.append(method)
-        weights = {name: weight.clone() for name, weight in kwargs["weights_iterator"]}
-        self.model.load_state_dict(weights)
+        CALLS.append(f"{method} {len(list(kwargs['weights_iterator']))}")
 
     def generate(self, contexts, params, use_tqdm):
         CALLS.append(f"generate {len(contexts)}")
-        for context in contexts:
-            x, y = context["prompt_token_ids"], [70, 71, 1]
-            log_pi = oracle_log_probs(oracle_logits(self.model, x, y), y).tolist()
-            said = [{token: Mock(logprob=p)} for token, p in zip(y, log_pi, strict=True)]
-            yield Mock(outputs=[Mock(token_ids=y, logprobs=said, finish_reason="stop")])
+        said = [{token: Mock(logprob=-9.0)} for token in (70, 71, 1)]
+        answer = Mock(token_ids=[70, 71, 1], logprobs=said, finish_reason="stop")
+        return [Mock(outputs=[answer])] * len(contexts)
 
 
 def noted(name, function):
@@ -2073,6 +1944,7 @@ def rehearse_gpu():
     q.deepspeed.initialize = noted("training engine", q.deepspeed.initialize)
     q.optimizer_step = noted("step", q.optimizer_step)
     torch.cuda.empty_cache = noted("empty_cache", torch.cuda.empty_cache)
+    q.MAX_GAP = {"float32": math.inf}  # The stand-in has no weights.
 
 
 @processes
@@ -2083,7 +1955,8 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
     options += ("--gpu_memory_utilization", 0.3, "--batch_size", 2, "--learning_rate", 1e-3)
     options += ("--save_every", 2, "--epochs")
     begin = [ANY, "sleep 2", "2 threads", "training engine", "training engine"]
-    epoch = ["empty_cache", "wake_up ['weights']", "reload_weights", "apply_model"]
+    epoch = ["empty_cache", "wake_up ['weights']", "reload_weights 21"]
+    epoch += ["apply_model", "empty_cache"]
     epoch += ["wake_up ['kv_cache']", "reset_prefix_cache", "generate 3"]
     epoch += ["generate 5", "sleep 2", "step", "step"]  # The 5 are held out.
     last_one = [*epoch, "save", "wake_up None"]  # It is always saved.
@@ -2099,7 +1972,15 @@ def test_a_rehearsal_of_the_sampler_on_a_gpu(toy, tmp_path):
         expected |= {"distributed_executor_backend": "external_launcher", "max_model_len": 324}
         expected |= {"tensor_parallel_size": 1, "enable_chunked_prefill": True}
         assert {key: llm[key] for key in expected} == expected
-    assert all(s["sampler_gap"] < 1e-5 for s in metrics(tmp_path, "step")[::2])
+
+
+@processes
+def test_a_checkpoint_without_one_ranks_part_is_one_line(toy, run_2, tmp_path):
+    out = shutil.copytree(run_2[0], tmp_path / "out")
+    (part,) = out.glob("state/epoch-002/*_rank_1_*optim_states.pt")
+    part.unlink()
+    line = the_line(start(toy, out, 2, *TRAINING, "--epochs", 3).result(check=False))
+    assert f"{out / 'state'}: cannot be loaded (FileNotFoundError: " in line
 
 
 @processes
@@ -2133,12 +2014,6 @@ def test_several_machines(toy, run_2, tmp_path):
     assert_same_run(tmp_path / "0" / "out", run_2[0])
     written = {p.name for p in (tmp_path / "1" / "out").rglob("*") if p.is_file()}
     assert all(name.startswith("zero_") for name in written), written  # its shards alone
-
-
-@processes
-def test_a_user_error_that_every_rank_finds_is_one_line_and_code_2(toy, tmp_path):
-    result = start(toy, tmp_path, 2, "--temperature", "nan").result(check=False)
-    assert "--temperature nan: has to be from 0 to 99" in the_line(result)
 
 
 def run_sh(folder, *words, gpus=0, on="", failing=0):
@@ -2227,8 +2102,6 @@ def main(case):
         print("EXIT", exit.code)
 for case in json.load(open(sys.argv[1])):
     main(case)
-world = torch.distributed.distributed_c10d._get_default_group()
-print("TIMEOUT", world._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 print("LOADED", "vllm" in sys.modules, {k: v for k, v in os.environ.items() if "FLASHINFER" in k})
 for about in ("`torch.distributed.x` is deprecated", "barrier(): using the device", "another one"):
     warnings.warn(about, FutureWarning)
@@ -2272,10 +2145,10 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
 
     no_model = "no model folder or hub id that loads"
     has = "a: --max_prompt_tokens + --max_new_tokens may be 1024 at most"
-    cases = [
+    cases = [  # The first is found before the ranks have joined.
+        (["--model", "x", "--temperature", "nan"], "--temperature nan: has to be from 0 to 99"),
         ([], "error: the following arguments are required: --model"),
         (["--model", "x", "--mod", 1], "error: unrecognized arguments: --mod 1"),
-        (ours("--alpha", "a"), "error: argument --alpha: invalid float value: 'a'"),
         (ours("--dtype", "float16"), "error: argument --dtype: invalid choice: 'float16'"),
         (ours("--data", "owner/no"), "owner/no: no such file or hub data set"),
         (ours("--max_prompt_tokens", 5), "no prompt to use; left out: {'too long': 8}"),
@@ -2290,7 +2163,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
         (ours("--model", experts), "experts: unsupported, it has experts or caps"),
         (ours("--tensor_parallel_size", 3), "size 3 does not divide 1 ranks"),
         (ours("--max_new_tokens", 5000), has),
-        (ours("--ds_config", tmp_path / "no.json"), "that sets ZeRO stage 3 (FileNotFoundError"),
         (ours("--output_dir", tmp_path / "file" / "x"), "Not a directory"),
         (ours("--output_dir", ran, "--data", another), "here; ranks 2 there, 1 here; data_crc32 "),
     ]
@@ -2305,8 +2177,8 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     assert "SECRET" not in result.stderr + result.stdout
     lines = [x for x in result.stdout.splitlines() if x.startswith(("inverse_q.py: ", "EXIT"))]
     messages = [message for _, message in cases]
-    messages.append("PyTorch is built for CUDA, but finds no usable GPU: look at nvidia-smi")
-    messages.append("2 ranks but 1 GPUs: lower --num_gpus")
+    messages.append("1 rank(s), 0 usable GPU(s): lower --num_gpus, or see nvidia-smi")
+    messages.append("2 rank(s), 1 usable GPU(s): lower --num_gpus")
     for message, line in zip(messages, lines[::2], strict=False):
         assert message in line
     assert lines[1::2] == ["EXIT 2"] * len(messages)
@@ -2315,7 +2187,6 @@ def test_user_errors_are_one_line_and_code_2(toy, run_2, hub, tmp_path):
     off |= {"FLASHINFER_LOGGING_LEVEL": "error"}
     assert re.findall("FutureWarning: (.*)", result.stdout) == ["another one"]
     assert f"LOADED False {off}" in result.stdout and not (tmp_path / "ran").exists()
-    assert "TIMEOUT 43200.0" in result.stdout  # Rank 0 may be busy with files for hours.
 
 
 @processes
@@ -2345,9 +2216,6 @@ def test_help_names_every_option_and_its_source():
         assert f"--{field.name}" in said and text in said, field.name
         if field.default not in (None, dataclasses.MISSING):
             assert re.search(r"sec\. |app\. |our choice", text), field.name
-    readme = (HERE / "README.md").read_text()
-    for name in re.findall(r"^\| `--(\w+)` \|", readme, re.MULTILINE):
-        assert f"--{name}" in said, f"README: --{name}"
 
 
 OTHER_MODELS = {

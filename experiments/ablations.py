@@ -87,14 +87,14 @@ def final_states(model, x: list[list[int]], y: list[list[int]]) -> Tensor:
 def loss_of(variant: Variant, policy, teacher, x, x_plus, y) -> tuple[Tensor, float]:
     """The loss of responses y to prompts x, x_plus with the principle; KL(pi_hat || pi_theta)."""
     with torch.no_grad():
-        z_0 = logits(final_states(teacher, x, y), teacher.lm_head.weight, None)  # [T, V]
-        z_plus = logits(final_states(teacher, x_plus, y), teacher.lm_head.weight, None)
+        z_0 = logits(final_states(teacher, x, y), teacher.lm_head.weight)  # [T, V]
+        z_plus = logits(final_states(teacher, x_plus, y), teacher.lm_head.weight)
         log_pi_hat = superior_policy(z_0, z_plus, variant.alpha, variant.plausibility)
     tokens = torch.tensor([token for response in y for token in response])  # [T]
     h, weight = final_states(policy, x, y), policy.lm_head.weight
     loss, entropy, _ = SoftLabelLoss.apply(h, weight, None, log_pi_hat.__getitem__, tokens)
     kl = (loss - entropy).item() / len(tokens)
-    log_pi_theta = logits(h, weight, None).log_softmax(-1)  # [T, V]
+    log_pi_theta = logits(h, weight).log_softmax(-1)  # [T, V]
     if variant.loss == "reverse KL":  # KL(pi_theta || pi_hat), over the whole vocabulary as well
         loss = (log_pi_theta.exp() * (log_pi_theta - log_pi_hat)).sum()
     elif variant.loss == "sampled token":

@@ -107,8 +107,8 @@ def losses(T, d, V, alpha=1.4):
     weight = head.clone().requires_grad_()
 
     def labels(rows):
-        z_0 = q.logits(h_0[rows], head, None)
-        z_plus = q.logits(h_plus[rows], head, None)
+        z_0 = q.logits(h_0[rows], head)
+        z_plus = q.logits(h_plus[rows], head)
         return q.superior_policy(z_0, z_plus, alpha)
 
     def fused():
@@ -122,9 +122,9 @@ def losses(T, d, V, alpha=1.4):
 
     @torch.no_grad()
     def products():
-        q.logits(h_0, head, None)
-        q.logits(h_plus, head, None)
-        g = q.logits(h, weight, None).to(DTYPE)
+        q.logits(h_0, head)
+        q.logits(h_plus, head)
+        g = q.logits(h, weight).to(DTYPE)
         q.matmul(g, weight)
         q.matmul(g.t(), h)
 
@@ -225,7 +225,7 @@ def paper_step(engine, superior, batch):
     they come, padded to the longer one, and a whole forward of each of the three models."""
     ranks = q.dist.get_world_size()
     tokens = sum(len(s.response_ids) for s in batch)
-    [(body, (head, _))] = superior.frozen
+    [(body, (head,))] = superior.frozen
     for start in range(2 * q.dist.get_rank(), len(batch), 2 * ranks):
         pair = batch[start : start + 2]
         plain = [s.prompt_ids for s in pair]

@@ -27,6 +27,7 @@ import types
 import warnings
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -979,6 +980,26 @@ def test_the_benchmarks_plain_forward_gives_the_logits_of_responses():
             torch.testing.assert_close(got, expected)
 
 
+def test_the_papers_way_makes_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(q.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(q.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(q.dist, "all_reduce", lambda _: None)
+    base, samples = t.small_llama(0).requires_grad_(False), t.some_samples(5)
+    superior = q.SuperiorPolicy.__new__(q.SuperiorPolicy)
+    superior.cfg, superior.frozen = q.Config("m"), [(base.model, [base.lm_head.weight])]
+    gradients = []
+    for ours in (True, False):
+        model = t.small_llama(1)
+        engine = Mock(device="cpu", side_effect=q.Policy(model, False) if ours else model)
+        engine.backward = torch.Tensor.backward
+        if ours:
+            q.compare(engine, superior, samples, 100, fit=True)
+        else:
+            bench.paper_step(engine, superior, samples)
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_method_flop_is_what_pytorch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -995,7 +1016,7 @@ def test_method_flop_is_what_pytorch_counts():
             h_plus = q.final_states(model.model, [(sample.principle_prompt_ids, *response)])
 
         def labels(rows):
-            z_0, z_plus = q.logits(h_0[rows], head, None), q.logits(h_plus[rows], head, None)
+            z_0, z_plus = q.logits(h_0[rows], head), q.logits(h_plus[rows], head)
             return q.superior_policy(z_0, z_plus, 1.4)
 
         loss, *_ = q.Policy(model, False)([sample], labels)
