@@ -43,7 +43,7 @@ RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./ru
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
 RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, except
         vLLM's and the frozen output layers. "Collective": all ranks have to make this call, in the
-        same order, because they wait for one another in it. Most calls of DeepSpeed's engines are.
+        same order, because they wait for one another in it. Treat DeepSpeed's calls as such.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class Config:
 
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder", "required")
-    principle: str | None = option(None, "Text that pi_plus is shown; has a default", "sec. 4.2")
+    principle: str | None = option(None, "Text for pi_plus; a default if it is pi_0", "sec. 4.2")
     negative_model: str | None = option(None, "pi_0, else --model", "sec. 5.3")
     positive_model: str | None = option(None, "pi_plus, else pi_0 with the principle", "sec. 5.3")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond", "sec. 5")
@@ -200,7 +200,7 @@ class SoftLabelLoss(torch.autograd.Function):
                 if not fit:
                     continue
 
-                # In place, because [C, V] is large. The caller's 1/N comes with backward()'s scale.
+                # In place, because [C, V] is large. The caller's divisor is in backward()'s scale.
                 pi_theta = log_pi_theta.exp_()
                 grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
                 del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -222,7 +222,7 @@ class SoftLabelLoss(torch.autograd.Function):
         # Scaled in place and handed over without another reference: autograd need not copy them.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.mul_(scale).to(gradients[0].dtype) for g in gradients)
-        return *scaled, None, None, None  # none for labels, tokens and chunk
+        return *scaled, None, None, None  # none for labels, tokens, and chunk if given
 
 
 # ------------------------------------------------------------------------------------------ Data --
@@ -241,7 +241,7 @@ def turns_of(conversation: str | Messages, speaker: str):
         turns = list(zip(parts[::2], parts[1::2], strict=True))
     else:
         turns = [(speaker, conversation)]
-    "".join(text for _, text in turns).encode()  # Only for the ValueError, if UTF-8 cannot hold it.
+    "".join(text for _, text in turns).encode()  # Raises ValueError if UTF-8 cannot hold it.
     return [(ROLES[role], text.strip()) for role, text in turns]
 
 
@@ -303,7 +303,7 @@ class Chat:
     """A tokenizer's chat format, and where the principle goes in it: the only difference between
     the contexts of pi_0 and pi_plus. The principle follows the system text that pi_0 sees, the
     prompt's own or the template's default. Without such a text the principle is the system message.
-    Where a template refuses or ignores system messages, that text opens the first user turn."""
+    Where a template refuses or ignores system messages, they open the first user turn."""
 
     def __init__(self, tokenizer, principle: str | None):
         self.tokenizer, self.principle = tokenizer, principle
@@ -368,7 +368,7 @@ class Sample:
     principle_prompt_ids: list[int]  # x as pi_plus sees it
     response_ids: list[int] = field(default_factory=list)  # y, the same ids after either context
     response: str = ""
-    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, at temperature 1
+    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, untempered
     finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
 
 
@@ -413,9 +413,9 @@ class Sampler:
         log.addFilter(refuse)
 
     def load(self, weights):
-        """Collective: wake up, and load weights, a (name, whole tensor) at a time."""
+        """Collective: wake up, and load (name, whole tensor) pairs, as this process makes them."""
 
-        def repack(model):  # vLLM for CPUs keeps a packed copy of a tied output layer.
+        def repack(model):  # Needed on CPUs: vLLM packs a copy of a tied output layer.
             for layer in model.modules():
                 if type(layer).__name__ == "ParallelLMHead":
                     layer.quant_method.process_weights_after_loading(layer)
@@ -474,7 +474,7 @@ def final_states(body, pairs) -> Tensor:
 
 def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # HfDeepSpeedConfig needs accelerate. transformers keeps a weak reference: hold zero3 here.
+    # For HfDeepSpeedConfig, which needs accelerate. transformers' own reference to it is weak.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
@@ -485,8 +485,8 @@ def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
 
 
 def unpatched(llm):
-    """A context to build transformers' models in. vLLM 0.32.0 patches the classes of those that it
-    has no code of its own for, and compilation mode 0 switches the patches off."""
+    """A context to build transformers' models in. vLLM 0.32.0 patches the class of a model that it
+    has no code of its own for, unless the compilation mode is 0."""
     from vllm.config import set_current_vllm_config
 
     # Not deepcopy(): the config leads to the KV cache, and memory that sleeps cannot be read.
@@ -501,7 +501,7 @@ class SuperiorPolicy:
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
     because each chunk of the loss needs them. Collective to build and to call. For another teacher,
     replace this one in train(): given samples, or [] on an idle rank, it returns SoftLabelLoss's
-    labels, without gradients and not collective, because the number of chunks differs by rank."""
+    labels, a function without gradients and collectives: ranks differ in the number of chunks."""
 
     def __init__(self, cfg: Config, ds_config):
         parts = ("train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
@@ -584,7 +584,7 @@ def deal(lengths: list[int], ranks: int, budget: int):
             start += size
         return batches + [[]] * (-len(batches) % ranks)
 
-    # The smallest limit that still makes n batches spreads the work most evenly over the ranks.
+    # The smallest limit that gives n batches, empty ones included, spreads the work best.
     n = len(split(budget))
     limit = min(sum(lengths) // n, budget)
     while len(split(limit)) > n:
@@ -594,7 +594,7 @@ def deal(lengths: list[int], ranks: int, budget: int):
 
 
 # -------------------------------------------------------------------------------------- Training --
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # the most that rounding alone makes sampler_gap
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # the largest sampler_gap by rounding alone
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
@@ -1039,7 +1039,7 @@ def load_tokenizer(cfg: Config):
 
 
 def prepare(cfg: Config):
-    """Collective: what a run needs. What a user can fix is found here, before a model loads."""
+    """Collective: join the ranks, check, and load prompts: finds mistakes before a model loads."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")
