@@ -39,7 +39,7 @@ WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
   Labels     The whole vocabulary at every response token, the end token included. A response that
              was cut at the limit has no end token, and is fitted as far as it goes.
 
-RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a toy world)
+RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a tiny world)
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
 RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, except
         vLLM's and the frozen output layers. "Collective": all ranks have to make this call, in the
@@ -187,7 +187,6 @@ class SoftLabelLoss(torch.autograd.Function):
             grad_h = torch.empty_like(h)  # [T, d]
             grad_weight = torch.zeros_like(weight, dtype=wide)  # [V, d]
             grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)  # [V]
-
         with torch.autocast(h.device.type, enabled=False):  # Autocast would round the products.
             for start in range(0, len(h), chunk):
                 rows = slice(start, start + chunk)
@@ -700,7 +699,7 @@ def data_files(data: str, split: str):
         if Path(name).is_file():
             yield Path(name)
             continue
-        path = name.split("/")
+        path = name.rstrip("/").split("/")
         wanted = "/".join([*path[2:], f"*{split}*.json*"])
         with as_user_error(f"{name}: no such file or hub data set", OSError, ValueError):
             root = snapshot_download("/".join(path[:2]), repo_type="dataset", allow_patterns=wanted)
@@ -710,12 +709,12 @@ def data_files(data: str, split: str):
 
 
 def read_records(data: str, split: str):
-    """(place, record) for the items of JSON lists and the lines of other files."""
+    """(place, record) for the items of files that are a JSON list, and for the lines of others."""
     for path in data_files(data, split):
         place = str(path)
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                is_list = file.peek(1)[:1] == b"["  # The name does not tell: .json may hold lines.
+                is_list = file.peek(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # a BOM
                 for n, item in enumerate(json.load(file) if is_list else file, 1):
                     place = f"{path}, {'item' if is_list else 'line'} {n}"
                     if is_list:
@@ -836,8 +835,8 @@ class Run:
         """Collective: weights and optimizer as they were after the last saved epoch, if any."""
         self.monitor = engine.monitor
         if self.epoch > 0:
-            with as_user_error(f"{self.state}: cannot be loaded", Exception):  # It can raise any.
-                engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")
+            with as_user_error(f"{self.state}: epoch {self.epoch} is lost, restore it", Exception):
+                engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")  # can raise any
 
     def save_state(self, engine, epoch: int):
         """Collective: save what training is resumed from. It is valid once done.json names it."""
@@ -870,7 +869,7 @@ def on_rank_0(function, *args):
         try:
             outcome[0] = function(*args)
         except (UserError, OSError, SafetensorError) as error:
-            outcome[1] = str(error)
+            outcome[1] = str(error) or repr(error)
     dist.broadcast_object_list(outcome)
     check(outcome[1] is None, outcome[1])
     return outcome[0]
@@ -912,13 +911,14 @@ def stop_at_once():
     """End this rank at once on Ctrl-C, or when DeepSpeed's launcher is gone."""
     # Python's own handler would wait until C++ returns, and a collective may never return.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    launchers = psutil.Process().parents()[:2]  # launch.py, and runner.py above it
 
     def watch():
+        launch = psutil.Process(os.getppid())  # launch.py, and above it runner.py
+        runner = launch.ppid()
         try:
-            while psutil.Process().parents()[:2] == launchers:
+            while os.getppid() == launch.pid and launch.ppid() == runner:
                 time.sleep(1)
-        finally:  # also if an ancestor ends while psutil lists them, which raises NoSuchProcess
+        finally:  # also if launch.py ends just then, for which psutil raises NoSuchProcess
             os._exit(1)
 
     if "CROSS_SIZE" in os.environ:  # set by the launcher
