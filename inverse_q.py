@@ -367,7 +367,7 @@ class Sample:
     principle_prompt_ids: list[int]  # x as pi_plus sees it
     response_ids: list[int] = field(default_factory=list)  # y, the same ids after either context
     response: str = ""
-    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, untempered
+    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, temperature apart
     finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
 
 
@@ -473,7 +473,7 @@ def final_states(body, pairs) -> Tensor:
 
 def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # For HfDeepSpeedConfig, which needs accelerate. transformers' own reference to it is weak.
+    # In place of HfDeepSpeedConfig, which needs accelerate. transformers' own reference is weak.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
@@ -714,7 +714,7 @@ def read_records(data: str, split: str):
         place = str(path)
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                is_list = file.peek(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # a BOM
+                is_list = file.peek(99).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # or BOM
                 for n, item in enumerate(json.load(file) if is_list else file, 1):
                     place = f"{path}, {'item' if is_list else 'line'} {n}"
                     if is_list:
@@ -1039,7 +1039,7 @@ def load_tokenizer(cfg: Config):
 
 
 def prepare(cfg: Config):
-    """Collective: join the ranks, check, and load prompts: finds mistakes before a model loads."""
+    """Collective: join the ranks, check the input, load prompts. No model loads before that."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")
