@@ -138,15 +138,17 @@ class Config:
 
 
 # --------------------------------- The core, which needs only PyTorch and can be pasted anywhere --
-def superior_policy(z_0: Tensor, z_plus: Tensor, alpha: float, plausibility: float = 0.0) -> Tensor:
+def superior_policy(z_0, z_plus, alpha, plausibility=0.0, head=()):
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
 
     z_0 and z_plus are finite logits or log-probabilities of pi_0 and pi_plus, [..., V], in float32
-    or wider, because alpha multiplies their difference. With plausibility p > 0, tokens v that have
-    pi_plus(v) < p max_u pi_plus(u) get probability 0, as in contrastive decoding (Li et al. 2023),
-    because alpha above 1 also raises tokens that both models find absurd."""
-    z_hat = torch.lerp(z_0, z_plus, alpha)  # z_0 + alpha (z_plus - z_0)
+    or wider, because alpha multiplies their difference. Or they are the inputs [T, d] of an output
+    layer that both share, `head` (weight, bias): being linear, it is applied after the contrast.
+    With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0, as in
+    contrastive decoding (Li et al. 2023): alpha above 1 also raises what both find absurd."""
+    z_hat = logits(torch.lerp(z_0, z_plus, alpha), *head)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
+        z_plus = logits(z_plus, *head)
         threshold = z_plus.amax(-1, keepdim=True) + math.log(plausibility)
         # The lowest finite number, because a loss multiplies it by pi_hat = 0, and 0 * -inf is nan.
         z_hat = z_hat.masked_fill(z_plus < threshold, torch.finfo(z_hat.dtype).min)
@@ -160,9 +162,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def logits(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The output layer: h [T, d], weight [V, d], bias [V] or None -> [T, V], float32 or wider."""
-    z = matmul(h, weight.t())
+def logits(h: Tensor, weight=None, bias=None) -> Tensor:
+    """The output layer, if any: h [T, d], weight [V, d], bias [V] -> [T, V], float32 or wider."""
+    z = h if weight is None else matmul(h, weight.t())
     return z if bias is None else z + bias
 
 
@@ -198,7 +200,6 @@ class SoftLabelLoss(torch.autograd.Function):
                 log_pi_tokens[rows] = log_pi_theta.gather(-1, tokens[rows, None]).squeeze(-1)
                 if not fit:
                     continue
-
                 # In place, because [C, V] is large. The caller's divisor is in backward()'s scale.
                 pi_theta = log_pi_theta.exp_()
                 grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
@@ -245,9 +246,8 @@ def turns_of(conversation: str | Messages, speaker: str):
 
 
 def prompt_of(record) -> Messages:
-    """The prompt of a record, ending with a user's turn; [] if there is none. It is `prompt` or
-    `messages`, or else the first turns, as far as `chosen` and `rejected` share them (sec. 5.1).
-    Two plain texts are two replies, and share no prompt."""
+    """A record's prompt, which ends with a user's turn, or []: `prompt` or `messages`, or else the
+    turns that `chosen` and `rejected` share (sec. 5.1). Plain texts there are two replies alone."""
     conversation = record.get("prompt", record.get("messages"))
     if conversation is not None:
         turns = turns_of(conversation, "user")
@@ -527,8 +527,10 @@ class SuperiorPolicy:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
 
         def labels(rows):
-            z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
-            return superior_policy(z_0, z_plus, self.cfg.alpha, self.cfg.plausibility)
+            z_0, z_plus, head = h_0[rows], h_plus[rows], head_0
+            if body_0 is not body_plus:  # Two output layers cannot follow the contrast.
+                z_0, z_plus, head = logits(z_0, *head_0), logits(z_plus, *head_plus), ()
+            return superior_policy(z_0, z_plus, self.cfg.alpha, self.cfg.plausibility, head)
 
         return labels
 
@@ -564,9 +566,7 @@ def whole_weights(model: nn.Module):
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.data
     kept = model.state_dict().keys()  # Some models have weights among their buffers.
-    for name, buffer in model.named_buffers():
-        if name in kept:
-            yield name, buffer
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def deal(lengths: list[int], ranks: int, budget: int):
@@ -987,8 +987,8 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
     on_gpu = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
     other = 5e9 if ranks == 1 else 7e9  # CUDA, graphs and buckets, measured; and NCCL, guessed
     keeps = sum(bytes_of[key] for key in on_gpu) * weights / ranks + size * frozen * head + other
-    # Activations for each token and unit of width: 17 numbers in a layer, roughly. Checkpointing
-    # keeps those of one layer, and the others' inputs. DeepSpeed gathers 1e9 weights at most.
+    # Each token and unit of width takes some 17 numbers a layer. Checkpointing keeps one layer's,
+    # and the inputs of all. DeepSpeed gathers 1e9 weights at most.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
     activations = size * kept * cfg.micro_batch_tokens * config.hidden_size
     fitting = activations + size * min(weights, 1e9) + (8 + size) * head

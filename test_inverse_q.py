@@ -176,12 +176,16 @@ def some_logits(t=6, v=11, seed=0, scale=3.0):
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0, 1.4, 5.0])
 @pytest.mark.parametrize("plausibility", [0.0, 0.1, 0.9])
 def test_superior_policy_is_the_definition(alpha, plausibility):
-    """Of logits and of log-probabilities. What is implausible gets nothing, and a finite log."""
-    z_0, z_plus = some_logits(seed=1), some_logits(seed=2)
+    """Of logits, of log-probabilities and of the inputs of one output layer. What is implausible
+    gets nothing, and a finite log."""
+    h_0, h_plus, weight = some_logits(v=5, seed=1), some_logits(v=5, seed=2), some_logits(11, 5)
+    bias = some_logits(1, 11, seed=3)[0]
+    z_0, z_plus = h_0 @ weight.t() + bias, h_plus @ weight.t() + bias
     expected = oracle_log_pi_hat(z_0, z_plus, alpha, plausibility)
     assert (expected == -math.inf).any() == (plausibility > 0)
-    for a, b in ((z_0, z_plus), (z_0.log_softmax(-1), z_plus.log_softmax(-1))):
-        log_pi_hat = q.superior_policy(a, b, alpha, plausibility)
+    logs = z_0.log_softmax(-1), z_plus.log_softmax(-1)
+    for a, b, head in ((z_0, z_plus, ()), (*logs, ()), (h_0, h_plus, (weight, bias))):
+        log_pi_hat = q.superior_policy(a, b, alpha, plausibility, head)
         pi_hat = log_pi_hat.exp()
         torch.testing.assert_close(pi_hat, expected.exp(), rtol=1e-12, atol=1e-14)
         assert log_pi_hat.isfinite().all() and (pi_hat[expected == -math.inf] == 0).all()

@@ -99,7 +99,7 @@ def plain_loss(z_0, z_plus, z, alpha):
 
 def losses(T, d, V, alpha=1.4):
     """The loss from hidden states, with dL/dh [T, d] and dL/dweight [V, d]: plain, and fused, as
-    training does it. Also the five matrix products that the fused one cannot do without."""
+    training does it. Also the four matrix products that the fused one cannot do without."""
     h_0, h_plus, h = torch.randn(3, T, d, device=DEVICE).to(DTYPE)
     head = (torch.randn(V, d, device=DEVICE) / d**0.5).to(DTYPE)  # that of pi_0 and pi_plus
     h.requires_grad_()
@@ -107,9 +107,7 @@ def losses(T, d, V, alpha=1.4):
     weight = head.clone().requires_grad_()
 
     def labels(rows):
-        z_0 = q.logits(h_0[rows], head)
-        z_plus = q.logits(h_plus[rows], head)
-        return q.superior_policy(z_0, z_plus, alpha)
+        return q.superior_policy(h_0[rows], h_plus[rows], alpha, head=[head])
 
     def fused():
         h.grad = weight.grad = None
@@ -123,7 +121,6 @@ def losses(T, d, V, alpha=1.4):
     @torch.no_grad()
     def products():
         q.logits(h_0, head)
-        q.logits(h_plus, head)
         g = q.logits(h, weight).to(DTYPE)
         q.matmul(g, weight)
         q.matmul(g.t(), h)
@@ -170,8 +167,8 @@ def measure_loss():
 def method_flop(model, samples):
     """FLOP of contrast and fit. A weight costs 2 for every token of a forward of pi_0, of one of
     pi_plus and of the policy's, and 4 on the policy's way back. Only response tokens pass through
-    the output layer, and the last of them is no input. Padding, recomputed activations, the
-    embedding and attention's own products are left out."""
+    the output layer, those of pi_0 and pi_plus as one, and the last of them is no input. Padding,
+    recomputed activations, the embedding and attention's own products are left out."""
     embedding = model.get_input_embeddings().weight.ds_numel
     head = model.get_output_embeddings().weight.ds_numel
     body = sum(p.ds_numel for p in model.base_model.parameters()) - embedding
@@ -179,7 +176,7 @@ def method_flop(model, samples):
     inputs = tokens - len(samples)
     prompts = sum(len(s.prompt_ids) for s in samples)
     principle_prompts = sum(len(s.principle_prompt_ids) for s in samples)
-    frozen = 2 * body * (prompts + principle_prompts + 2 * inputs) + 2 * 2 * head * tokens
+    frozen = 2 * body * (prompts + principle_prompts + 2 * inputs) + 2 * head * tokens
     policy = 6 * body * (prompts + inputs) + 6 * head * tokens
     return frozen + policy
 

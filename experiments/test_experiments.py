@@ -1016,8 +1016,7 @@ def test_method_flop_is_what_pytorch_counts():
             h_plus = q.final_states(model.model, [(sample.principle_prompt_ids, *response)])
 
         def labels(rows):
-            z_0, z_plus = q.logits(h_0[rows], head), q.logits(h_plus[rows], head)
-            return q.superior_policy(z_0, z_plus, 1.4)
+            return q.superior_policy(h_0[rows], h_plus[rows], 1.4, head=[head])
 
         loss, *_ = q.Policy(model, False)([sample], labels)
         loss.backward()
