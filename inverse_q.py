@@ -31,8 +31,8 @@ mean of KL(pi_hat || pi_theta) over the tokens of the samples. V(s_t) is the rew
 y_<t, because the probabilities that pi_hat gives to what follows sum to 1; no critic is learnt.
 
 WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
-  Sampling   Temperature 1 and no top_p, because L averages over responses of the policy, as it is
-             when the epoch begins; fresh prompts while the data last, one response to each.
+  Sampling   Temperature 1 and no top_p: L averages over responses of the policy with which the
+             epoch begins. Fresh prompts while the data last, one response to each.
   Batch      16 samples per optimizer step, the paper's 2 per GPU on 8 GPUs; an epoch's last step
              takes what remains. N counts over all micro-batches and ranks of the step.
   Optimizer  AdamW, constant rate, no weight decay; clipping at norm 1 is set in ds_config.json.
@@ -41,9 +41,9 @@ WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
 
 RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a tiny world)
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
-RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, except
-        vLLM's and the frozen output layers. "Collective": all ranks have to make this call, in the
-        same order, because they wait for one another in it. Treat DeepSpeed's calls as such.
+RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, but for
+        those of vLLM and of the frozen output layers. "Collective": all ranks have to make this
+        call, in the same order, because they wait for one another in it. DeepSpeed's calls all are.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- Config --
-PRINCIPLE = (  # what the paper's says (app. C), in our own words
+PRINCIPLE = (  # the paper's (app. C), in our own words
     "Follow these principles in every reply. State nothing that is factually wrong. If a request "
     "could endanger anyone's safety or security, decline it, say why, and guide the person towards "
     "something safe. As long as the person's problem is not solved, keep working towards a "
@@ -102,9 +102,9 @@ class Config:
 
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder", "required")
-    principle: str | None = option(None, "Text for pi_plus; a default if it is pi_0", "sec. 4.2")
+    principle: str | None = option(None, "Text for pi_plus; preset if models are equal", "sec. 4.2")
     negative_model: str | None = option(None, "pi_0, else --model", "sec. 5.3")
-    positive_model: str | None = option(None, "pi_plus, else pi_0 with the principle", "sec. 5.3")
+    positive_model: str | None = option(None, "pi_plus, else pi_0; reads --principle", "sec. 5.3")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond", "sec. 5")
     plausibility: float = option(0.0, "Drop tokens below this share of pi_plus's best")
     # Prompts and responses.
@@ -142,10 +142,10 @@ def superior_policy(z_0, z_plus, alpha, plausibility=0.0, head=()):
     """log pi_hat = log pi_0 + alpha (log pi_plus - log pi_0) - log Z (sec. 4.2), [..., V], in nats.
 
     z_0 and z_plus are finite logits or log-probabilities of pi_0 and pi_plus, [..., V], in float32
-    or wider, because alpha multiplies their difference. Or they are the inputs [T, d] of an output
-    layer that both share, `head` (weight, bias): being linear, it is applied after the contrast.
+    or wider, because alpha multiplies their difference. Or they are final hidden states [T, d], and
+    `head` (weight, bias) is the output layer of both: being affine, it can follow the contrast.
     With plausibility p > 0, tokens v with pi_plus(v) < p max_u pi_plus(u) get probability 0, as in
-    contrastive decoding (Li et al. 2023): alpha above 1 also raises what both find absurd."""
+    contrastive decoding (Li et al. 2023): alpha above 1 can raise tokens that both find absurd."""
     z_hat = logits(torch.lerp(z_0, z_plus, alpha), *head)  # z_0 + alpha (z_plus - z_0)
     if plausibility > 0:
         z_plus = logits(z_plus, *head)
@@ -156,7 +156,7 @@ def superior_policy(z_0, z_plus, alpha, plausibility=0.0, head=()):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 where a and b are narrower: bfloat16 has steps of 0.125 from 16 on."""
+    """a @ b, in float32 at least: bfloat16 has steps of 0.125 from 16 on."""
     if a.dtype.itemsize > 2:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
@@ -171,12 +171,12 @@ def logits(h: Tensor, weight=None, bias=None) -> Tensor:
 class SoftLabelLoss(torch.autograd.Function):
     """Output layer and soft-label cross-entropy (sec. 4.1) in one pass.
 
-    h [T, d] holds the policy's final hidden states at the positions that predict the response
-    tokens, tokens [T]; weight [V, d] and bias [V] or None are the output layer; labels is a
-    function from a slice of C tokens to finite log pi_hat, [C, V]. Returns H(pi_hat, pi_theta)
-    and H(pi_hat), summed over the tokens, in nats (their difference is KL(pi_hat || pi_theta)), and
-    log pi_theta(a_t|s_t), [T]. Only the first has a gradient, if h requires one, and for one
-    backward pass. It is made together with the loss, so that no [T, V] tensor ever exists."""
+    h [T, d]: the policy's final hidden states at the positions that predict the response tokens.
+    weight [V, d], bias [V] or None: the output layer. tokens [T]: ids of the response tokens.
+    labels: a function from a slice of C tokens to finite log pi_hat, [C, V], of logits()'s type.
+    Returns H(pi_hat, pi_theta) and H(pi_hat), summed over the tokens, in nats (the difference is
+    the KL), and log pi_theta(a_t|s_t), [T]. Only the first has a gradient. If h requires one, it is
+    made here chunk by chunk, so that no [T, V] tensor ever exists; backward() scales it, once."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, labels, tokens, chunk=256):
@@ -200,7 +200,7 @@ class SoftLabelLoss(torch.autograd.Function):
                 log_pi_tokens[rows] = log_pi_theta.gather(-1, tokens[rows, None]).squeeze(-1)
                 if not fit:
                     continue
-                # In place, because [C, V] is large. The caller's divisor is in backward()'s scale.
+                # In place, because [C, V] is large. The caller's 1/N comes in backward(), as scale.
                 pi_theta = log_pi_theta.exp_()
                 grad_logits = pi_theta.sub_(pi_hat)  # pi_theta - pi_hat, [C, V]
                 del log_pi_hat, pi_hat  # Free them before memory for the products is taken.
@@ -219,10 +219,13 @@ class SoftLabelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # Scaled in place and handed over without another reference: autograd need not copy them.
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if g is None else g.mul_(scale).to(gradients[0].dtype) for g in gradients)
-        return *scaled, None, None, None  # none for labels, tokens, and chunk if given
+        # In place, and ctx lets go of them: so autograd takes them over and need not copy them.
+        grad_h, grad_weight, grad_bias = ctx.gradients
+        ctx.gradients = None
+        grad_weight = grad_weight.mul_(scale).to(grad_h.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.mul_(scale).to(grad_h.dtype)
+        return grad_h.mul_(scale), grad_weight, grad_bias, None, None, None  # labels, tokens, chunk
 
 
 # ------------------------------------------------------------------------------------------ Data --
@@ -247,11 +250,11 @@ def turns_of(conversation: str | Messages, speaker: str):
 
 def prompt_of(record) -> Messages:
     """A record's prompt, which ends with a user's turn, or []: `prompt` or `messages`, or else the
-    turns that `chosen` and `rejected` share (sec. 5.1). Plain texts there are two replies alone."""
+    turns that `chosen` and `rejected` share (sec. 5.1). Plain texts there are replies alone."""
     conversation = record.get("prompt", record.get("messages"))
     if conversation is not None:
         turns = turns_of(conversation, "user")
-    else:  # By turns, because in one HH pair in five the final replies begin with the same words.
+    else:  # By turns, not characters: in one HH pair in five the final replies begin alike.
         chosen, rejected = (turns_of(record[key], "assistant") for key in ("chosen", "rejected"))
         turns = []
         for turn, other in zip(chosen, rejected, strict=False):
@@ -261,12 +264,12 @@ def prompt_of(record) -> Messages:
     # Many chat templates want the user first, roles to alternate, and no later system turn.
     prompt = []
     for role, text in turns:
-        last = prompt[-1]["role"] if prompt else "system"  # The start counts as a system turn.
-        if role == "system" and last != "system":
+        last = prompt[-1]["role"] if prompt else None
+        if role == "system" and last not in (None, "system"):
             role = "user"
-        if not text or (role == "assistant" and last == "system"):
+        if not text or (role == "assistant" and last in (None, "system")):
             continue
-        if prompt and role == last:
+        if role == last:
             prompt[-1]["content"] += f"\n\n{text}"
         else:
             prompt.append({"role": role, "content": text})
@@ -277,9 +280,8 @@ def prompt_of(record) -> Messages:
 
 # --------------------------------------------------------------------------------------- Prompts --
 TODAY = datetime(2024, 8, 27)  # for templates that print it: a resumed run needs equal contexts
-# FastChat's vicuna_v1.1, because Vicuna v1.5 has no chat template. The space after the BOS is what
-# SentencePiece puts before a text; after a BOS that is written out, it puts none.
-VICUNA_TEMPLATE = (
+# The space after the BOS is SentencePiece's, which puts none after a BOS that is written out.
+VICUNA_TEMPLATE = (  # FastChat's vicuna_v1.1, because Vicuna v1.5 has no template of its own
     "{{ bos_token }} {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions.{% endif %}{{ ' ' }}"
@@ -290,8 +292,8 @@ VICUNA_TEMPLATE = (
 
 
 def default_text(plain: str, probe: str) -> str:
-    """The text that turns `probe` into `plain` if put for each "<S>", white space aside; "" if
-    nothing does. For "[Be nice.] <Q>" and "[<S>] <Q>" it is "Be nice."."""
+    """The default system text, or "": what `plain`, a rendering without a system message, has where
+    `probe` has "<S>" for it, spaces aside. "[Be nice.] <Q>" and "[<S>] <Q>" give "Be nice."."""
     pattern = r"\s*".join(map(re.escape, "".join(probe.split())))
     pattern = pattern.replace(r"<\s*S\s*>", "(.*?)", 1).replace(r"<\s*S\s*>", r"\1")
     match = re.fullmatch(rf"\s*{pattern}\s*", plain, re.DOTALL)
@@ -367,7 +369,7 @@ class Sample:
     principle_prompt_ids: list[int]  # x as pi_plus sees it
     response_ids: list[int] = field(default_factory=list)  # y, the same ids after either context
     response: str = ""
-    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM, temperature apart
+    log_probs: list[float] = field(default_factory=list)  # of y's tokens in vLLM at temperature 1
     finish_reason: str = ""  # "stop" if the model ended it, "length" if it was cut at the limit
 
 
@@ -412,7 +414,7 @@ class Sampler:
         log.addFilter(refuse)
 
     def load(self, weights):
-        """Collective: wake up, and load (name, whole tensor) pairs, as this process makes them."""
+        """Collective: wake up, and load (name, whole tensor) pairs; each rank goes through all."""
 
         def repack(model):  # Needed on CPUs: vLLM packs a copy of a tied output layer.
             for layer in model.modules():
@@ -429,7 +431,7 @@ class Sampler:
         self.llm.reset_prefix_cache()  # It holds keys and values of the old weights.
 
     def sample(self, prompts: list[Messages], tag) -> list[Sample]:
-        """Collective: one response to every prompt (sec. 5), on every rank; engines share the work.
+        """Collective: one response to each prompt (sec. 5). Engines share the work; ranks get all.
         A sample's seed follows from --seed, tag and its index, not from the number of ranks."""
         from vllm import SamplingParams
 
@@ -473,7 +475,7 @@ def final_states(body, pairs) -> Tensor:
 
 def load_model(name: str, cfg: Config, ds_config) -> nn.Module:
     """Collective: a causal language model, sharded over the ranks while it loads (ZeRO-3)."""
-    # In place of HfDeepSpeedConfig, which needs accelerate. transformers' own reference is weak.
+    # In place of HfDeepSpeedConfig, which needs accelerate. transformers holds it weakly.
     zero3 = Namespace(config=ds_config, is_zero3=lambda: True)
     transformers.integrations.deepspeed.set_hf_deepspeed_config(zero3)
     config = transformers.AutoConfig.from_pretrained(name)
@@ -498,14 +500,14 @@ def unpatched(llm):
 class SuperiorPolicy:
     """pi_hat at the response tokens of samples (sec. 4.2), from models that are never trained.
     Their layers are sharded over the ranks (ZeRO-3). Their output layers stay whole on every rank,
-    because each chunk of the loss needs them. Collective to build and to call. For another teacher,
-    replace this one in train(): given samples, or [] on an idle rank, it returns SoftLabelLoss's
-    labels, a function without gradients and collectives: ranks differ in the number of chunks."""
+    because each chunk of the loss needs them. Collective to build and to call. For another teacher
+    replace this one in train(). Called with samples, or [] on an idle rank, it returns `labels` for
+    SoftLabelLoss, a function without collectives, because ranks differ in the number of chunks."""
 
     def __init__(self, cfg: Config, ds_config):
         parts = ("train_micro_batch_size_per_gpu", "bf16", "zero_optimization")
         frozen_config = {key: ds_config[key] for key in parts}  # without monitors, for example
-        self.cfg, self.frozen = cfg, []  # (body, head) of each model, pi_0's first
+        self.cfg, self.frozen = cfg, []  # (body, head) of pi_0, and of pi_plus if it differs
         for name in dict.fromkeys([cfg.negative_model, cfg.positive_model]):
             model = load_model(name, cfg, ds_config)
             body = model.base_model.requires_grad_(False).eval()
@@ -519,6 +521,7 @@ class SuperiorPolicy:
     def __call__(self, samples: list[Sample]):
         """Collective: log pi_hat at the T response tokens, as a function of a slice of these."""
         (body_0, head_0), (body_plus, head_plus) = self.frozen[0], self.frozen[-1]
+        contrast = self.cfg.alpha, self.cfg.plausibility
         plain = [(sample.prompt_ids, sample.response_ids) for sample in samples]
         shown = [(sample.principle_prompt_ids, sample.response_ids) for sample in samples]
         if body_0 is body_plus:  # Both contexts in one forward gather the weights once.
@@ -527,10 +530,10 @@ class SuperiorPolicy:
             h_0, h_plus = final_states(body_0, plain), final_states(body_plus, shown)
 
         def labels(rows):
-            z_0, z_plus, head = h_0[rows], h_plus[rows], head_0
-            if body_0 is not body_plus:  # Two output layers cannot follow the contrast.
-                z_0, z_plus, head = logits(z_0, *head_0), logits(z_plus, *head_plus), ()
-            return superior_policy(z_0, z_plus, self.cfg.alpha, self.cfg.plausibility, head)
+            if body_0 is body_plus:  # One output layer, which can follow the contrast.
+                return superior_policy(h_0[rows], h_plus[rows], *contrast, head_0)
+            z_0, z_plus = logits(h_0[rows], *head_0), logits(h_plus[rows], *head_plus)
+            return superior_policy(z_0, z_plus, *contrast)
 
         return labels
 
@@ -546,7 +549,7 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         head = model.get_output_embeddings()
         # ZeRO-3 gathers the shards of a module only while that module itself runs. The loss needs
-        # the output layer's weight, so it has to be that layer's forward.
+        # the output layer's weight, so it has to be that layer's forward. *rest: labels, tokens.
         head.forward = lambda h, *rest: SoftLabelLoss.apply(h, head.weight, head.bias, *rest)
 
     def forward(self, samples: list[Sample], labels):
@@ -583,17 +586,16 @@ def deal(lengths: list[int], ranks: int, budget: int):
             start += size
         return batches + [[]] * (-len(batches) % ranks)
 
-    # The smallest limit that gives n batches, empty ones included, spreads the work best.
+    # n batches, empty ones included, are needed anyway: a low limit that gives n evens them out.
     n = len(split(budget))
     limit = min(sum(lengths) // n, budget)
-    while len(split(limit)) > n:
+    while len(batches := split(limit)) > n:
         limit += 1
-    batches = split(limit)
     return [batches[i : i + ranks] for i in range(0, n, ranks)]
 
 
 # -------------------------------------------------------------------------------------- Training --
-MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # the largest sampler_gap by rounding alone
+MAX_GAP = {"float32": 1e-3, "bfloat16": 0.1}  # the most that rounding alone explains
 
 
 def compare(engine, superior, samples: list[Sample], budget: int, fit: bool):
@@ -637,7 +639,7 @@ def train(cfg: Config):
     run = Run(cfg, prompts)
     if run.epoch >= cfg.epochs:
         say("Nothing is left to do: raise --epochs, or choose another --output_dir.")
-        os._exit(0)  # PyTorch's gloo threads can abort an orderly exit so early.
+        os._exit(0)  # An orderly exit this early can abort in gloo's threads.
     sampler = Sampler(cfg, chat)
     with unpatched(sampler.llm):
         superior = SuperiorPolicy(cfg, ds_config)
@@ -691,8 +693,7 @@ def train(cfg: Config):
     say(f"The trained model is {run.folder / 'model'}")
 
 
-# The method ends here. What follows is the job around it: files, ranks, signals and checks.
-# ----------------------------------------------------------------------------------------- Input --
+# ----------------------------- The method ends here; what follows is the job around it. Input --
 def data_files(data: str, split: str):
     """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):
@@ -749,12 +750,12 @@ def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
 # ----------------------------------------------------------------------------------------- Files --
 class Run:
     """What a run leaves under --output_dir. Rank 0 renames files and model/ once they are whole, so
-    no kill leaves half of one. A run is resumed after the epoch that state/done.json names,
-    from DeepSpeed's checkpoint of it, and later metrics are dropped. Collective to build."""
+    no kill leaves half of one. A run is resumed after the epoch that state/done.json names, from
+    DeepSpeed's checkpoint of it; later or cut lines of metrics are dropped. Collective to build."""
 
     def __init__(self, cfg: Config, prompts: list[Messages]):
         self.folder, self.state = Path(cfg.output_dir), Path(cfg.output_dir, "state")
-        first = json.dumps(prompts[: cfg.samples_per_epoch])  # More epochs load more prompts.
+        first = json.dumps(prompts[: cfg.samples_per_epoch])  # the same if --epochs is raised
         more = {"ranks": dist.get_world_size(), "data_crc32": zlib.crc32(first.encode())}
         self.epoch = on_rank_0(self.open, asdict(cfg) | more)
 
@@ -768,7 +769,7 @@ class Run:
         done = self.state / "done.json"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         saved = json.loads((self.folder / "config.json").read_text()) if epoch else settings
-        # These may change when a run is resumed, because the method stays the same.
+        # These may change when a run is resumed. Of the method, only the clipping is among them.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
         keys = [key for key in settings if key not in free and settings[key] != saved.get(key)]
@@ -808,7 +809,7 @@ class Run:
         say(f"\n{name}, first sample\n  user    {user!r:.300}\n  policy  {policy!r:.300}")
 
     def save_model(self, model: nn.Module, tokenizer):
-        """Collective: make or replace model/, in transformers format. It is never half written."""
+        """Collective: make or replace model/, in transformers format."""
         weights = {}
         for name, weight in whole_weights(model):  # All ranks gather, and rank 0 keeps.
             if dist.get_rank() == 0:
@@ -848,7 +849,6 @@ class Run:
 
 
 def epoch_record(samples: list[Sample], steps):
-    """The record of an epoch, from its samples and the records of its steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
     truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
@@ -897,8 +897,8 @@ def join_ranks():
 def end_at_once(kind, error, *trace):
     """Show an error and end this rank. An orderly exit could wait for ranks that wait for it."""
     if kind is UserError:
-        # As a rule all ranks raise it, local rank 0 shows it, and the launcher ends the others. A
-        # rank that is alive after that is the only one with the error, and shows it.
+        # As a rule all ranks raise it, local rank 0 shows it, and the launcher ends the others. If
+        # this rank still runs after 5 s, the error is its own alone, and it shows it.
         time.sleep(5 if os.environ.get("LOCAL_RANK", "0") != "0" else 0)
         print(f"{Path(sys.argv[0]).name}:", " ".join(str(error).split()), flush=True)
         os._exit(2)
@@ -982,7 +982,7 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
     DeepSpeed's zero_optimization; frozen models are taken to be as large as the policy."""
     size, frozen = getattr(torch, cfg.dtype).itemsize, len({cfg.negative_model, cfg.positive_model})
     head, layers = config.vocab_size * config.hidden_size, config.num_hidden_layers
-    # Bytes per weight: in each model; and 16 = gradient 4 + AdamW's moments 8 + master copy 4.
+    # Bytes per weight, unless offloaded. 16 = gradient 4 + AdamW's moments 8 + master copy 4.
     bytes_of = {"offload_param": size * (1 + frozen), "offload_optimizer": 16}
     on_gpu = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
     other = 5e9 if ranks == 1 else 7e9  # CUDA, graphs and buckets, measured; and NCCL, guessed
@@ -1039,7 +1039,7 @@ def load_tokenizer(cfg: Config):
 
 
 def prepare(cfg: Config):
-    """Collective: join the ranks, check the input, load prompts. No model loads before that."""
+    """Collective: join the ranks, check the input, load prompts; all before a model loads."""
     join_ranks()
     ranks, parallel = dist.get_world_size(), cfg.tensor_parallel_size
     check(ranks % parallel == 0, f"--tensor_parallel_size {parallel} does not divide {ranks} ranks")

@@ -30,8 +30,13 @@ requirements+=$'\npytest==9.2.0 hypothesis==6.170.15 ruff==0.17.5' # for the tes
 requirements+=$' matplotlib==3.11.2' # for experiments/ alone
 requirements=$(tr ' ' '\n' <<<"$requirements")
 
-if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
+made() { [ "$(cat "$venv/made-from" 2>/dev/null)" = "$requirements" ]; }
+if ! made; then
   [ ! -L "$venv" ] || stop "$venv is a link and not up to date, remove it"
+  exec 9>>"$venv.log" # Two first calls at once would write into each other's environment.
+  flock -n 9 || { echo "Another run.sh is making $venv: waiting for it" && flock 9; }
+fi
+if ! made; then
   echo "Making $venv for a machine with $gpus GPUs (some minutes, several GB), log in $venv.log"
   without_gpu() { [ "$gpus" != 0 ] || "$@"; }
   # The CPU build has an index of its own; --no-deps, so that nothing else is looked for there.
@@ -46,6 +51,7 @@ if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$requirements" ]; then
   } >"$venv.log" 2>&1 || { tail -n 20 "$venv.log"; echo "Set-up failed, see $venv.log"; exit 1; }
   echo "$requirements" >"$venv/made-from"
 fi
+exec 9>&- # unlocked
 export PATH=$venv/bin:$PATH PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
 # DeepSpeed counts the GPUs itself, those of CUDA_VISIBLE_DEVICES; without one it needs a number.

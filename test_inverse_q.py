@@ -2091,6 +2091,20 @@ def test_run_sh_makes_its_environment_or_says_why_not(tmp_path, word, gpus, on, 
 
 
 @processes
+def test_two_first_calls_of_run_sh_make_one_environment(tmp_path):
+    """The second waits, and takes what the first has made."""
+    run_sh(tmp_path, "tset")  # makes the stand-ins alone
+    (tmp_path / "pip").write_text("#!/bin/sh\nsleep 1\necho $* >>calls\n")
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "./make"}
+    start = functools.partial(subprocess.Popen, cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+    both = [start(["./run.sh", "plot"], text=True) for _ in range(2)]
+    printed = sorted(run.communicate()[0] for run in both)
+    assert [run.returncode for run in both] == [0, 0]
+    assert "Another run.sh is making" in printed[0] and "Making" in printed[1], printed
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(CPU_SETUP)
+
+
+@processes
 def test_run_sh_refuses_before_it_makes_anything(tmp_path):
     words = ["tset"], ["-h"], ["world", "a", "--epochs"], ["world", "--help"]
     for name, some in [*(("x", some) for some in words), ("a folder", ["plot"])]:
