@@ -219,13 +219,12 @@ class SoftLabelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        # In place, and ctx lets go of them: so autograd takes them over and need not copy them.
+        # In place, and ctx lets go of them, so autograd makes no copy. It casts them if need be.
         grad_h, grad_weight, grad_bias = ctx.gradients
         ctx.gradients = None
-        grad_weight = grad_weight.mul_(scale).to(grad_h.dtype)
         if grad_bias is not None:
-            grad_bias = grad_bias.mul_(scale).to(grad_h.dtype)
-        return grad_h.mul_(scale), grad_weight, grad_bias, None, None, None  # labels, tokens, chunk
+            grad_bias.mul_(scale)
+        return grad_h.mul_(scale), grad_weight.mul_(scale), grad_bias, None, None, None
 
 
 # ------------------------------------------------------------------------------------------ Data --
@@ -676,12 +675,12 @@ def train(cfg: Config):
             max_gap = MAX_GAP[cfg.dtype] if i == 0 else math.inf  # After a step vLLM is behind.
             record = optimizer_step(engine, superior, batch, cfg.micro_batch_tokens, place, max_gap)
             steps.append(record)
-            on_rank_0(run.log, "step", epoch, step, record)
+            on_rank_0(run.log, engine.monitor, "step", epoch, step, record)
         measured["train_seconds"] = time.perf_counter() - fitting
 
         # Log and save.
         record = epoch_record(samples, steps) | measured
-        on_rank_0(run.log, "epoch", epoch, step, record)
+        on_rank_0(run.log, engine.monitor, "epoch", epoch, step, record)
         left = (cfg.epochs - epoch) * (time.perf_counter() - start)
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in record.items())
         say(f"epoch {epoch} of {cfg.epochs}, {left / 60:.0f} min left: {numbers}")
@@ -741,8 +740,9 @@ def load_prompts(cfg: Config, chat: Chat, data: str, split: str, count: int):
         except UserError as error:
             left_out[str(error)] += 1
             continue
-        left_out["duplicate"] += json.dumps(prompt) in prompts
-        prompts[json.dumps(prompt)] = prompt
+        key = json.dumps(prompt)
+        left_out["duplicate"] += key in prompts
+        prompts[key] = prompt
     check(prompts, f"{data}: no prompt to use; left out: {dict(left_out)}")
     return list(prompts.values()), dict(left_out)
 
@@ -795,11 +795,11 @@ class Run:
         new.write_text(text)
         new.replace(self.folder / name)
 
-    def log(self, kind: str, epoch: int, step: int, record):
+    def log(self, monitor, kind: str, epoch: int, step: int, record):
         """On rank 0: a line of metrics.jsonl, and an event for DeepSpeed's monitors, if any."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **record}) + "\n")
-        self.monitor.write_events([(f"{kind}/{key}", record[key], step) for key in record])
+        monitor.write_events([(f"{kind}/{key}", record[key], step) for key in record])
 
     def save_samples(self, name: str, samples: list[Sample]):
         """Collective: samples/NAME.jsonl, and the first one on the console."""
@@ -834,7 +834,6 @@ class Run:
 
     def load_state(self, engine):
         """Collective: weights and optimizer as they were after the last saved epoch, if any."""
-        self.monitor = engine.monitor
         if self.epoch > 0:
             with as_user_error(f"{self.state}: epoch {self.epoch} is lost, restore it", Exception):
                 engine.load_checkpoint(str(self.state), f"epoch-{self.epoch:03d}")  # can raise any

@@ -219,8 +219,12 @@ def test_fused_loss_and_gradients_equal_the_naive_ones(
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
     for g, e, scale in zip(got, expected, (1, 1, 10), strict=True):
         torch.testing.assert_close(g.double(), e, rtol=scale * rounding, atol=scale * rounding)
-    for g, e in zip(torch.autograd.grad(got[0] * 0.37, inputs), expected_gradients, strict=True):
+    loss = got[0] * 0.37
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for g, e in zip(gradients, expected_gradients, strict=True):
         assert g.dtype == dtype and (g.double() - e).norm() <= tolerance * e.norm()
+    with pytest.raises(TypeError):  # They are scaled in place: a second time would be wrong.
+        torch.autograd.grad(loss, inputs)
 
 
 class Watch(TorchDispatchMode):
@@ -377,6 +381,7 @@ def pair(chosen, rejected):
         ({"prompt": "a", "messages": [user("b")]}, [user("a")]),
         ({"messages": [system("s"), user("a"), assistant("b")]}, [system("s"), user("a")]),
         ({"messages": [assistant("hello"), user("a")]}, [user("a")]),  # prompts open with the user
+        ({"messages": [system("s"), assistant("hello"), user("a")]}, [system("s"), user("a")]),
         ({"messages": [user("a"), assistant(""), user("b")]}, [user("a\n\nb")]),
         # a system text in the midst becomes the user's
         ({"messages": [system("s"), user("a"), system("t"), assistant("b"), user("c")]},
@@ -1025,11 +1030,10 @@ def a_run(folder, epochs, monkeypatch, kill_at=None, prompts=(), **changes):
         try:
             run.__init__(cfg, prompts)
             for epoch in range(run.epoch + 1, epochs + 1):
-                run.monitor = Mock()
                 sample = q.Sample(0, [user("x")], [1], [2], [3], f"of {epoch}")
                 run.save_samples(f"epoch-{epoch:03d}", [sample])
-                run.log("step", epoch, epoch, {"step": epoch})
-                run.log("epoch", epoch, epoch, {"loss": 0.1})
+                run.log(Mock(), "step", epoch, epoch, {"step": epoch})
+                run.log(Mock(), "epoch", epoch, epoch, {"loss": 0.1})
                 if epoch % cfg.save_every == 0 or epoch == epochs:
                     run.save_model(saved, saved)
                     run.save_state(saved, epoch)
