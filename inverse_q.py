@@ -43,7 +43,7 @@ RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./ru
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
 RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, but for
         those of vLLM and of the frozen output layers. "Collective": all ranks have to make this
-        call, in the same order, because they wait for one another in it. DeepSpeed's calls all are.
+        call, in the same order, because they wait for one another in it. Treat DeepSpeed's so.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class Config:
 
     # What is contrasted with what.
     model: str = option(MISSING, "Model to align, a hub id or a folder", "required")
-    principle: str | None = option(None, "Text for pi_plus; preset if models are equal", "sec. 4.2")
+    principle: str | None = option(None, "pi_plus's text; preset if it is pi_0's model", "sec. 4.2")
     negative_model: str | None = option(None, "pi_0, else --model", "sec. 5.3")
     positive_model: str | None = option(None, "pi_plus, else pi_0; reads --principle", "sec. 5.3")
     alpha: float = option(1.4, "0 is pi_0, 1 is pi_plus, more goes beyond", "sec. 5")
@@ -692,7 +692,8 @@ def train(cfg: Config):
     say(f"The trained model is {run.folder / 'model'}")
 
 
-# ----------------------------- The method ends here; what follows is the job around it. Input --
+# The method ends here. What follows is the job around it: files, ranks, signals and checks.
+# ----------------------------------------------------------------------------------------- Input --
 def data_files(data: str, split: str):
     """The files named in data, and *{split}*.json* of its hub data sets, owner/name[/folder]."""
     for name in map(str.strip, data.split(",")):

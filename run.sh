@@ -31,10 +31,11 @@ requirements+=$' matplotlib==3.11.2' # for experiments/ alone
 requirements=$(tr ' ' '\n' <<<"$requirements")
 
 made() { [ "$(cat "$venv/made-from" 2>/dev/null)" = "$requirements" ]; }
+lock=
 if ! made; then
   [ ! -L "$venv" ] || stop "$venv is a link and not up to date, remove it"
-  exec 9>>"$venv.log" # Two first calls at once would write into each other's environment.
-  flock -n 9 || { echo "Another run.sh is making $venv: waiting for it" && flock 9; }
+  exec {lock}>>"$venv.log" # Two first calls at once would write into each other's environment.
+  flock -n "$lock" || [ $? != 1 ] || { echo "Another run.sh makes $venv: waiting" && flock "$lock"; }
 fi
 if ! made; then
   echo "Making $venv for a machine with $gpus GPUs (some minutes, several GB), log in $venv.log"
@@ -51,7 +52,7 @@ if ! made; then
   } >"$venv.log" 2>&1 || { tail -n 20 "$venv.log"; echo "Set-up failed, see $venv.log"; exit 1; }
   echo "$requirements" >"$venv/made-from"
 fi
-exec 9>&- # unlocked
+[ -z "$lock" ] || exec {lock}>&- # unlocked
 export PATH=$venv/bin:$PATH PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
 # DeepSpeed counts the GPUs itself, those of CUDA_VISIBLE_DEVICES; without one it needs a number.

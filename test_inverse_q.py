@@ -2096,15 +2096,20 @@ def test_run_sh_makes_its_environment_or_says_why_not(tmp_path, word, gpus, on, 
 
 @processes
 def test_two_first_calls_of_run_sh_make_one_environment(tmp_path):
-    """The second waits, and takes what the first has made."""
+    """The second waits, and takes what the first has made. What runs then holds no lock."""
     run_sh(tmp_path, "tset")  # makes the stand-ins alone
-    (tmp_path / "pip").write_text("#!/bin/sh\nsleep 1\necho $* >>calls\n")
+    wait = "until [ -e go ]; do sleep 0.1; done"
+    (tmp_path / "pip").write_text(f"#!/bin/sh\n{wait}\necho $* >>calls\n")
+    (tmp_path / "python").write_text("#!/bin/sh\nflock -w 9 .venv-cpu.log echo unlocked\n")
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "./make"}
-    start = functools.partial(subprocess.Popen, cwd=tmp_path, env=env, stdout=subprocess.PIPE)
-    both = [start(["./run.sh", "plot"], text=True) for _ in range(2)]
-    printed = sorted(run.communicate()[0] for run in both)
+    options = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "text": True}
+    both = []
+    for says in ("Making", "Another run.sh makes"):
+        both.append(subprocess.Popen(["./run.sh", "plot"], **options))
+        assert both[-1].stdout.readline().startswith(says)
+    (tmp_path / "go").touch()
+    assert [run.communicate()[0] for run in both] == ["unlocked\n"] * 2
     assert [run.returncode for run in both] == [0, 0]
-    assert "Another run.sh is making" in printed[0] and "Making" in printed[1], printed
     assert len((tmp_path / "calls").read_text().splitlines()) == len(CPU_SETUP)
 
 

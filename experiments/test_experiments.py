@@ -1227,6 +1227,7 @@ ablations.main(sys.argv[1])
 """
 
 
+@t.processes
 def test_the_ablations_run_without_vllm(tmp_path):
     tiny_world.make_world(tmp_path, steps=1)
     held_out = tiny_world.read_jsonl(tmp_path / "held_out.jsonl")[:3]
