@@ -42,8 +42,8 @@ WHAT THE PAPER LEAVES OPEN, AND OUR CHOICE.
 RUN     deepspeed --num_gpus 8 inverse_q.py --model lmsys/vicuna-7b-v1.5   (./run.sh: a tiny world)
 SHAPES  B sequences of S tokens; T response tokens in them; d hidden size; V vocabulary size.
 RANKS   DeepSpeed runs this file as one rank per GPU. ZeRO-3 shards all weights over them, but for
-        those of vLLM and of the frozen output layers. "Collective": all ranks have to make this
-        call, in the same order, because they wait for one another in it. Treat DeepSpeed's so.
+        those of vLLM and of the frozen output layers. "Collective": all ranks must make this call,
+        in the same order, because they wait for one another in it. Treat DeepSpeed's calls as such.
 """
 
 import contextlib
@@ -770,7 +770,7 @@ class Run:
         done = self.state / "done.json"
         epoch = json.loads(done.read_text())["epoch"] if done.exists() else 0
         saved = json.loads((self.folder / "config.json").read_text()) if epoch else settings
-        # These may change when a run is resumed. Of the method, only the clipping is among them.
+        # These may change when a run is resumed. Only the clipping in ds_config touches the method.
         free = {"epochs", "save_every", "output_dir", "ds_config", "micro_batch_tokens"}
         free |= {"activation_checkpointing", "gpu_memory_utilization", "tensor_parallel_size"}
         keys = [key for key in settings if key not in free and settings[key] != saved.get(key)]
@@ -849,6 +849,7 @@ class Run:
 
 
 def epoch_record(samples: list[Sample], steps):
+    """The record of an epoch, from its samples and the records of its steps."""
     tokens = sum(step["tokens"] for step in steps)
     record = {key: sum(s[key] * s["tokens"] for s in steps) / tokens for key in ("loss", "kl")}
     truncated = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
@@ -987,11 +988,10 @@ def memory_needs(cfg: Config, config, weights: int, ranks: int, zero):
     on_gpu = [key for key in bytes_of if (zero.get(key) or {}).get("device", "none") == "none"]
     other = 5e9 if ranks == 1 else 7e9  # CUDA, graphs and buckets, measured; and NCCL, guessed
     keeps = sum(bytes_of[key] for key in on_gpu) * weights / ranks + size * frozen * head + other
-    # Each token and unit of width takes some 17 numbers a layer. Checkpointing keeps one layer's,
-    # and the inputs of all. DeepSpeed gathers 1e9 weights at most.
+    # A token takes some 17 d numbers a layer. Checkpointing keeps one layer's, and all inputs.
     kept = 17 + layers if cfg.activation_checkpointing else 17 * layers
     activations = size * kept * cfg.micro_batch_tokens * config.hidden_size
-    fitting = activations + size * min(weights, 1e9) + (8 + size) * head
+    fitting = activations + size * min(weights, 1e9) + (8 + size) * head  # 1e9 gathered at most
     sampling = size * weights / cfg.tensor_parallel_size + 2e9
     return [keeps / 1e9, fitting / 1e9, sampling / 1e9]
 

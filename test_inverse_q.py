@@ -1123,6 +1123,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state(tmp_path, monkeypatch
     assert contents(tmp_path) == before
 
 
+def test_an_error_of_rank_0_without_a_text_is_named(one_rank):
+    with pytest.raises(q.UserError, match=r"^OSError\(\)$"):
+        q.on_rank_0(Mock(side_effect=OSError()))
+
+
 @pytest.mark.parametrize(
     "name, values",
     [
